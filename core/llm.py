@@ -1,0 +1,196 @@
+"""The only place that loads language models: hub id, local folder, or an architecture preset with random weights.
+
+A preset has the real architecture and the real vocabulary size, so its speed and memory are those of the trained
+model; its tokenizer is trained in memory on the titles. Nothing has to be downloaded.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from core.config import InputError, did_you_mean
+from core.settings import TeacherSettings
+
+PRESETS: dict[str, dict] = {
+    "tiny": dict(
+        model_type="opt", hidden_size=128, word_embed_proj_dim=128, ffn_dim=512,
+        num_hidden_layers=2, num_attention_heads=4, vocab_size=2048, max_position_embeddings=512,
+    ),
+    "tiny-llama": dict(
+        model_type="llama", hidden_size=128, intermediate_size=352, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, vocab_size=2048, max_position_embeddings=512,
+    ),
+    "tiny-qwen2": dict(
+        model_type="qwen2", hidden_size=128, intermediate_size=352, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size=2048, max_position_embeddings=512,
+    ),
+    "opt-125m": dict(
+        model_type="opt", hidden_size=768, word_embed_proj_dim=768, ffn_dim=3072,
+        num_hidden_layers=12, num_attention_heads=12, vocab_size=50272,
+        max_position_embeddings=2048,
+    ),
+    "qwen2.5-0.5b": dict(
+        model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, vocab_size=151936,
+        max_position_embeddings=32768, rms_norm_eps=1e-6, tie_word_embeddings=True,
+    ),
+    "llama-2-7b": dict(
+        model_type="llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, vocab_size=32000,
+        max_position_embeddings=4096, rms_norm_eps=1e-5,
+    ),
+}  # fmt: skip
+"""Shapes as in the published config.json of each model; `tiny*` are for CPUs and tests."""
+
+WEIGHT_DTYPES = {
+    "fp32": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "fp16-mixed": torch.float16,
+}
+"""How the frozen backbone is stored. Mixed forms keep fp32 for what is trained; a frozen weight needs no master."""
+
+
+def load_tokenizer(name: str, texts: list[str]):
+    """The model's own tokenizer, or for a preset one trained on the texts (byte-level BPE, fits the vocabulary).
+
+    Raises InputError when the name is no preset, no folder and cannot be had from the hub.
+    """
+    if name in PRESETS:
+        return _train_tokenizer(texts, PRESETS[name]["vocab_size"])
+    return _hub(AutoTokenizer.from_pretrained, name)
+
+
+def load_backbone(
+    settings: TeacherSettings, precision: str, device: torch.device, seed: int
+) -> PreTrainedModel:
+    """The transformer without its LM head, frozen, on the device, in the dtype `precision` asks for.
+
+    `qlora` holds its linear layers in NF4. Presets draw their weights with `seed`; the global generator is untouched.
+    """
+    name, dtype = settings.llm_model_name, WEIGHT_DTYPES[precision]
+    config = preset_config(name) if name in PRESETS else _hub(AutoConfig.from_pretrained, name)
+    # The frozen base runs without dropout; what is trained has its own (`lora_dropout`).
+    for rate in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+        if hasattr(config, rate):
+            setattr(config, rate, 0.0)
+    common = {"attn_implementation": settings.attn, "dtype": dtype}
+    if name in PRESETS:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+            torch.manual_seed(seed)
+            model = AutoModel.from_config(config, **common)
+        if settings.adapter == "qlora":
+            _quantise(model, dtype)
+            model.to(device)
+    else:
+        if settings.adapter == "qlora":
+            common["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        model = _hub(AutoModel.from_pretrained, name, config=config, device_map={"": device}, **common)
+    model.requires_grad_(False)
+    model.config.use_cache = (
+        False  # one forward for each row: a cache would be written and never read
+    )
+    _keep_autograd_on_cpu(model)
+    return model
+
+
+def preset_config(name: str) -> PretrainedConfig:
+    """The transformers configuration of a preset."""
+    shape = dict(PRESETS[name])
+    return AutoConfig.for_model(shape.pop("model_type"), **shape)
+
+
+def four_bit_layers(model: nn.Module) -> int:
+    """Linear layers whose weights are really held in 4 bit."""
+    return sum(
+        type(module).__name__ == "Linear4bit" and module.weight.dtype == torch.uint8
+        for module in model.modules()
+    )
+
+
+def fingerprint(settings: TeacherSettings, model: PreTrainedModel, precision: str) -> dict:
+    """What identifies the frozen base of an adapter: checked when a checkpoint is loaded."""
+    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
+    text = json.dumps(config, sort_keys=True, default=str)
+    return {
+        "llm_model_name": settings.llm_model_name,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "adapter": settings.adapter,
+        "dtype": str(WEIGHT_DTYPES[precision]).removeprefix("torch."),
+        "config": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+
+
+def _quantise(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Put bitsandbytes NF4 layers in place of a random model's linears (`from_pretrained` does it for stored ones)."""
+    import bitsandbytes as bnb
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not nn.Linear:
+                continue
+            packed = bnb.nn.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                compute_dtype=compute_dtype,
+                quant_type="nf4",
+            )
+            packed.weight = bnb.nn.Params4bit(
+                layer.weight.data, requires_grad=False, quant_type="nf4"
+            )
+            packed.bias = layer.bias
+            setattr(parent, name, packed)
+    model.is_loaded_in_4bit = True  # peft reads this to choose its 4-bit layer
+
+
+def _keep_autograd_on_cpu(model: nn.Module) -> None:
+    """On CPUs with AVX512-BF16 a forward without gradients repacks 4-bit weights and later training loses autograd."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _train_tokenizer(texts: list[str], vocab_size: int):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text for text in texts if text], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="</s>", eos_token="</s>"
+    )
+
+
+def _hub(load, name: str, **options):
+    """Call a `from_pretrained`; a failure becomes one sentence naming what would work."""
+    try:
+        return load(name, **options)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir() or not isinstance(error, OSError):
+            raise
+        raise InputError(
+            f"teacher.llm_model_name: '{name}' is no preset, no local folder, and could not be had from the hub"
+            f"{did_you_mean(name, PRESETS)}; presets: {', '.join(PRESETS)}. ({str(error).splitlines()[0]})"
+        ) from error

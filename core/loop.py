@@ -1,0 +1,181 @@
+"""The plain training loop (`train.trainer: loop`): epochs, accumulation, validation, best checkpoint.
+
+`Fit` is what any trainer needs to know of a model; `core.lightning` runs the same `Fit` under Lightning.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from core.observe import Observer
+
+
+class NonFiniteLoss(RuntimeError):
+    """A training loss was NaN or infinite; the message names the first bad step."""
+
+
+@dataclass
+class Fit:
+    """One model's training, trainer-independent.
+
+    A batch is a dictionary of tensors with the integers `samples`, `tokens` and `padded_tokens` beside them.
+    """
+
+    model: nn.Module
+    batches: Callable[[int], Dataset]
+    """Epoch number -> map-style data set whose items are whole batches."""
+    loss: Callable[[dict[str, Any]], Tensor]
+    validate: Callable[[], dict[str, float]]
+    save: Callable[[str], None]
+    """Write the trainable state under the given name ("best", "last")."""
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    max_epochs: int
+    patience: int
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    """Stepped once for each optimizer step."""
+    precision: str = "fp32"
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float = 0.0
+    eval_every: int = 1
+    num_workers: int = 0
+    monitor: str = "ndcg@10"
+    before_step: Callable[[int], None] = lambda optimizer_steps: None
+    """Called before each micro-batch with the optimizer steps done so far."""
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """The autocast region of a precision setting: mixed forms only, the others run in the weights' dtype."""
+    if precision not in ("bf16-mixed", "fp16-mixed"):
+        return contextlib.nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of a batch, leave its counts."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def loader(dataset: Dataset, num_workers: int, device: torch.device) -> DataLoader:
+    """A loader over ready-made batches; with workers they are assembled in other processes."""
+    return DataLoader(
+        dataset, batch_size=None, num_workers=num_workers, pin_memory=device.type == "cuda"
+    )
+
+
+def delivered(source: Iterable, observer: Observer, device: torch.device) -> Iterator[dict]:
+    """Batches on the device; the time spent waiting for each is the loader wait."""
+    batches = iter(source)
+    while True:
+        asked = time.perf_counter()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        observer.loader_wait_s += time.perf_counter() - asked
+        yield to_device(batch, device)
+
+
+class BestSoFar:
+    """Early stopping on a validation metric (larger is better), shared by both trainers."""
+
+    def __init__(self, fit: Fit):
+        self.fit = fit
+        self.best = float("-inf")
+        self.bad = 0
+
+    def update(
+        self, epoch: int, train_loss: float, metrics: dict[str, float], observer: Observer
+    ) -> bool:
+        """Record an epoch's validation, save when improved; True when patience is used up."""
+        self.fit.history.append({"epoch": epoch, "train_loss": train_loss, **metrics})
+        if metrics[self.fit.monitor] > self.best:
+            self.best, self.bad = metrics[self.fit.monitor], 0
+            with observer.phase("checkpoint"):
+                self.fit.save("best")
+        else:
+            self.bad += 1
+        return self.bad >= self.fit.patience
+
+
+def mean_loss(losses: list[Tensor], first_step: int) -> float:
+    """Mean of an epoch's losses. Raises NonFiniteLoss naming the first bad step; the epoch's one device read."""
+    if not losses:
+        raise NonFiniteLoss(f"step {first_step}: the epoch held no batch")
+    values = torch.stack(losses).float()
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        step = first_step + int(bad[0])
+        raise NonFiniteLoss(f"step {step}: training loss is {values[int(bad[0])].item()}")
+    return values.mean().item()
+
+
+def fit_loop(fit: Fit, observer: Observer) -> None:
+    """Train `fit.model` with the plain loop; `fit.save` holds "best" and "last" afterwards."""
+    scaler = torch.amp.GradScaler(fit.device.type, enabled=fit.precision == "fp16-mixed")
+    best = BestSoFar(fit)
+    optimizer_steps = 0
+    observer.facts.update(trainer="loop")
+    for epoch in range(fit.max_epochs):
+        first = len(observer.losses)
+        with observer.phase("train_steps"):
+            optimizer_steps = _epoch(fit, epoch, optimizer_steps, scaler, observer)
+        train_loss = mean_loss(observer.losses[first:], first)
+        if (epoch + 1) % fit.eval_every and epoch + 1 < fit.max_epochs:
+            continue
+        with observer.phase("validation"):
+            metrics = fit.validate()
+        if best.update(epoch, train_loss, metrics, observer):
+            break
+    with observer.phase("checkpoint"):
+        fit.save("last")
+
+
+def _epoch(fit: Fit, epoch: int, optimizer_steps: int, scaler, observer: Observer) -> int:
+    """One pass over the training batches; returns the optimizer steps done so far."""
+    fit.model.train()
+    dataset = fit.batches(epoch)
+    micro_batches = len(dataset)
+    source = loader(dataset, fit.num_workers, fit.device)
+    for index, batch in enumerate(delivered(source, observer, fit.device)):
+        if index == 0:
+            observer.loader_processes()
+        fit.before_step(optimizer_steps)
+        # Like Lightning: the last, possibly shorter, group of an epoch is stepped too.
+        stepping = (index + 1) % fit.accumulate_grad_batches == 0 or index + 1 == micro_batches
+        with observer.first_step():
+            with autocast(fit.precision, fit.device):
+                loss = fit.loss(batch)
+            scaler.scale(loss / fit.accumulate_grad_batches).backward()
+        if stepping:
+            if fit.gradient_clip_val:
+                scaler.unscale_(fit.optimizer)
+                nn.utils.clip_grad_norm_(
+                    [p for group in fit.optimizer.param_groups for p in group["params"]],
+                    fit.gradient_clip_val,
+                )
+            scaler.step(fit.optimizer)
+            scaler.update()
+            fit.optimizer.zero_grad(set_to_none=True)
+            if fit.scheduler is not None:
+                fit.scheduler.step()
+            optimizer_steps += 1
+        observer.step(
+            batch["samples"],
+            batch["tokens"],
+            batch["padded_tokens"],
+            optimizer_step=stepping,
+            loss=loss,
+        )
+    return optimizer_steps

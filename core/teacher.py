@@ -1,0 +1,377 @@
+"""The iLoRA teacher: prompts with projected item embeddings -> gated frozen backbone -> item head; its training.
+
+Shapes: B users, T prompt tokens, H backbone width, D SASRec width, V items, C candidates of the training softmax.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from core import ilora, llm
+from core.config import InputError
+from core.loop import autocast, loader, to_device
+from core.observe import Observer, parameter_dtypes
+from core.prompts import Pieces, PromptBatches
+from core.ranking import Queries, Scorer
+from core.reverse import decayed_lambda, reverse_loss
+from core.sasrec import SASRec
+from core.settings import Settings
+
+
+class Teacher(nn.Module):
+    """Frozen backbone with gated LoRA, frozen SASRec, trainable router, projector and item head."""
+
+    def __init__(self, settings: Settings, encoder: SASRec, device: torch.device):
+        super().__init__()
+        teacher, precision = settings.teacher, settings.train.precision
+        backbone = llm.load_backbone(teacher, precision, device, settings.seed)
+        self.fingerprint = llm.fingerprint(teacher, backbone, precision)
+        width, table = backbone.config.hidden_size, encoder.item_table.weight
+        self.rank = teacher.lora_r
+        self.gate = ilora.RankGate()
+        if teacher.gradient_checkpointing:
+            backbone.gradient_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": self.gate.recompute_context}
+            )
+        self.backbone = ilora.add_adapters(backbone, teacher, self.gate)
+        # A list keeps the frozen encoder out of parameters(), state_dict() and train().
+        self._encoder = [encoder.to(device).eval().requires_grad_(False)]
+        self.router = ilora.build_router(teacher, table.shape[1])
+        self.projector = nn.Sequential(
+            nn.Linear(table.shape[1], width), nn.GELU(), nn.Linear(width, width)
+        )
+        if teacher.use_item_embeddings_head:
+            # A copy: the table is trained, the encoder's is not.
+            self.item_table = nn.Parameter(table.detach().clone())
+            self.register_buffer("item_table_start", table.detach().clone(), persistent=False)
+        else:
+            self.head = nn.Linear(width, len(table))
+        self.to(device)
+        if precision == "bf16-true":
+            # All but the router: a half-precision softmax does not sum to one.
+            routed = set(self.router.parameters())
+            for parameter in set(self.trainable()) - routed:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        self._first_layer_calls = 0
+        self._after_forward = {"gate_calls": 0, "first_layer_calls": 0}
+        self._first_inner_module().register_forward_pre_hook(self._count_first)
+
+    @property
+    def encoder(self) -> SASRec:
+        """The frozen SASRec that drives the gate and the item tokens."""
+        return self._encoder[0]
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Parameters the optimizer gets."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def read_out(self, batch: dict, observer: Observer | None = None) -> Tensor:
+        """State of each prompt's last token, (B, H). The gate factors stay bound through a checkpointed backward."""
+        width = batch["ids"].shape[1]
+        self.gate.calls = self._first_layer_calls = 0
+        gate_BK = ilora.gate_weights(self.router, batch["states"])
+        factors = ilora.token_factors(gate_BK, batch["lengths"], width, self.rank)
+        embed = self.backbone.get_input_embeddings()
+        embeds_BTH = embed(batch["ids"]).detach()
+        vectors = self.encoder.item_table.weight[batch["slot_items"]]
+        slots_SH = self.project(vectors).to(embeds_BTH.dtype)
+        embeds_BTH = (
+            embeds_BTH.flatten(0, 1)
+            .index_copy(0, batch["slot_positions"], slots_SH)
+            .view_as(embeds_BTH)
+        )
+        watch = (observer or Observer()).backbone()
+        with watch, self.gate.bound(factors):
+            hidden_BTH = self.backbone(inputs_embeds=embeds_BTH).last_hidden_state
+        self._after_forward = {
+            "gate_calls": self.gate.calls,
+            "first_layer_calls": self._first_layer_calls,
+        }
+        return hidden_BTH.flatten(0, 1)[batch["readout"]]
+
+    def project(self, vectors_ND: Tensor) -> Tensor:
+        """Item vectors to backbone width, (N, H); scaled like SASRec's own input."""
+        weight = self.projector[0].weight
+        return self.projector(vectors_ND.to(weight.dtype) * vectors_ND.shape[-1] ** 0.5)
+
+    def scores(self, state_BH: Tensor, candidates_C: Tensor | None = None) -> Tensor:
+        """Item scores in fp32: (B, C) for candidates, else (B, V+1) with column 0 = padding."""
+        if hasattr(self, "head"):
+            weight, bias = self.head.weight, self.head.bias
+            if candidates_C is not None:
+                weight, bias = weight[candidates_C], bias[candidates_C]
+            vectors = weight
+        else:
+            table = self.item_table if candidates_C is None else self.item_table[candidates_C]
+            vectors, bias = self.project(table), None
+        # Low-precision scores tie: a bf16 product keeps about a third of 3,700 distinct values.
+        with torch.autocast(state_BH.device.type, enabled=False):
+            scores = state_BH.float() @ vectors.float().t()
+            return scores if bias is None else scores + bias.float()
+
+    def reverse_distance(self, kind: str) -> Tensor | None:
+        """D(E, E0) of the trainable item table; None with the random head."""
+        if hasattr(self, "head"):
+            return None
+        return reverse_loss(kind, self.item_table, self.item_table_start)
+
+    def _first_inner_module(self) -> nn.Module:
+        """The first sub-module of the first layer: it runs once more when the layer is recomputed."""
+        base = self.backbone.get_base_model()
+        layers = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m))
+        return next(layers[0].children())
+
+    def _count_first(self, module: nn.Module, inputs: tuple) -> None:
+        self._first_layer_calls += 1
+
+    def call_counts(self) -> dict[str, dict[str, int]]:
+        """Calls since the last `read_out` began: gated layers and the first layer's inside, also after backward.
+
+        A layer that is recomputed in backward runs its inside once more.
+        """
+        return {
+            "gate": {
+                "forward": self._after_forward["gate_calls"],
+                "after_backward": self.gate.calls,
+            },
+            "first_layer": {
+                "forward": self._after_forward["first_layer_calls"],
+                "after_backward": self._first_layer_calls,
+            },
+        }
+
+
+@torch.no_grad()
+def encoder_states(encoder: SASRec, queries: Queries, batch_size: int = 256) -> Tensor:
+    """SASRec state of every query's history, (Q, D) fp32 on the CPU; once for each split.
+
+    Left-aligned rows give a prefix the state of that position in the longer row, so one row serves all prefixes of a
+    user that fit the window; only longer histories, whose window has moved on, get a row of their own.
+    """
+    device, most = encoder.item_table.weight.device, encoder.max_length
+    states = torch.empty(len(queries), encoder.item_table.weight.shape[1])
+    position = np.minimum(queries.lengths, most) - 1
+    # The longest row with the same first item serves the others; beyond the window the first item differs for each.
+    first = np.maximum(queries.ends - most, queries.starts)
+    order = np.lexsort((queries.lengths, first))
+    longest = np.append(first[order][1:] != first[order][:-1], True)
+    serving = order[longest]
+    group = np.empty(len(queries), dtype=np.int64)
+    group[order] = np.cumsum(longest) - longest
+    members = np.argsort(group, kind="stable")
+    bounds = np.searchsorted(group[members], np.arange(len(serving) + 1))
+    by_length = np.argsort(position[serving], kind="stable")
+    for start in range(0, len(serving), batch_size):
+        chosen = by_length[start : start + batch_size]
+        items, _ = queries.newest(serving[chosen], most)
+        found = encoder(torch.from_numpy(items).to(device)).float().cpu()
+        rows = np.concatenate([members[bounds[g] : bounds[g + 1]] for g in chosen])
+        line = np.repeat(np.arange(len(chosen)), bounds[chosen + 1] - bounds[chosen])
+        states[torch.from_numpy(rows)] = found[
+            torch.from_numpy(line), torch.from_numpy(position[rows])
+        ]
+    return states
+
+
+class GatedPrompts(PromptBatches):
+    """Prompt batches with the SASRec state of each row beside them."""
+
+    def __init__(self, states_QD: Tensor, *args, most: int = -1, **options):
+        super().__init__(*args, **options)
+        self.states_QD = states_QD
+        if most != -1:
+            self.plan = self.plan[:most]
+
+    def __getitem__(self, index: int) -> dict:
+        batch = super().__getitem__(index)
+        return batch | {"states": self.states_QD[batch["rows"]]}
+
+
+def training_loss(
+    teacher: Teacher, batch: dict, settings: Settings, reverse_weight: float, observer: Observer
+) -> Tensor:
+    """Softmax over the candidates plus weighted reverse distillation (scalar, fp32).
+
+    Candidates: the whole catalogue if it has at most `train_candidates` items, else the batch's targets and uniform
+    negatives, duplicates removed.
+    """
+    state_BH = teacher.read_out(batch, observer)
+    targets_B = batch["targets"]
+    items = len(teacher.encoder.item_table.weight) - 1
+    if items <= settings.teacher.train_candidates:
+        scores, labels = teacher.scores(state_BH)[:, 1:], targets_B - 1
+    else:
+        extra = max(settings.teacher.train_candidates - len(targets_B), 0)
+        drawn = torch.randint(1, items + 1, (extra,), device=targets_B.device)
+        candidates, where = torch.cat([targets_B, drawn]).unique(return_inverse=True)
+        scores, labels = teacher.scores(state_BH, candidates), where[: len(targets_B)]
+    loss = F.cross_entropy(scores, labels)
+    distance = teacher.reverse_distance(settings.teacher.distill_loss_type)
+    if distance is None or reverse_weight == 0.0:
+        return loss
+    return loss + reverse_weight * distance
+
+
+def reverse_weight(settings: Settings, optimizer_steps: int, total_steps: int) -> float:
+    """λ(t) of reverse distillation after some optimizer steps."""
+    teacher = settings.teacher
+    steps = teacher.distill_decay_steps or total_steps
+    return decayed_lambda(
+        teacher.distill_decay_type,
+        teacher.distill_lambda,
+        teacher.distill_min_lambda,
+        optimizer_steps,
+        steps,
+    )
+
+
+def scorer(teacher: Teacher, pieces: Pieces, settings: Settings, observer: Observer) -> Scorer:
+    """Full-catalogue scores after each history, (B, V+1) fp32, in batches of `inference_batch_size`."""
+
+    def score(queries: Queries) -> Iterator[tuple[np.ndarray, Tensor]]:
+        for batch, _, scores_BV in infer(teacher, pieces, queries, settings, observer):
+            yield batch["rows"].cpu().numpy(), scores_BV
+
+    return score
+
+
+@torch.inference_mode()
+def infer(
+    teacher: Teacher,
+    pieces: Pieces,
+    queries: Queries,
+    settings: Settings,
+    observer: Observer,
+    rows: np.ndarray | None = None,
+) -> Iterator[tuple[dict, Tensor, Tensor]]:
+    """Run the queries (or some of their rows): batches with read-out states (B, H) and scores (B, V+1), fp32."""
+    teacher.eval()
+    device = teacher.projector[0].weight.device
+    batches = GatedPrompts(
+        encoder_states(teacher.encoder, queries),
+        pieces,
+        queries,
+        settings.teacher.max_history,
+        settings.teacher.inference_batch_size,
+    )
+    if rows is not None:
+        wanted = np.isin(np.concatenate(batches.plan), rows)
+        kept = np.concatenate(batches.plan)[wanted]
+        size = settings.teacher.inference_batch_size
+        batches.plan = [kept[start : start + size] for start in range(0, len(kept), size)]
+    for batch in loader(batches, settings.train.num_workers, device):
+        observer.loader_processes()
+        batch = to_device(batch, device)
+        with observer.first_step(), autocast(settings.train.precision, device):
+            state_BH = teacher.read_out(batch, observer)
+            scores_BV = teacher.scores(state_BH)
+        observer.largest("largest_batch", batch["samples"])
+        observer.counts.update(
+            inference_tokens=batch["tokens"], inference_padded_tokens=batch["padded_tokens"]
+        )
+        yield batch, state_BH.float(), scores_BV
+
+
+@torch.inference_mode()
+def item_embeddings(teacher: Teacher, pieces: Pieces, batch_size: int = 256) -> np.ndarray:
+    """The backbone's own view of each title, without adapters: mean last state over its tokens, (V+1, H) fp32."""
+    teacher.eval()
+    embed = teacher.backbone.get_input_embeddings()
+    device = embed.weight.device
+    found = np.zeros((len(pieces.lengths), teacher.backbone.config.hidden_size), dtype=np.float32)
+    for start in range(1, len(found), batch_size):
+        items = np.arange(start, min(start + batch_size, len(found)))
+        lengths = pieces.lengths[items] - 1  # without the slot token
+        columns = np.arange(max(1, lengths.max()))
+        real = columns < lengths[:, None]
+        ids = np.where(
+            real, pieces.tokens[np.where(real, pieces.starts[items][:, None] + columns, 0)], 0
+        )
+        with teacher.backbone.disable_adapter():
+            embeds = embed(torch.from_numpy(ids.astype(np.int64)).to(device))
+            hidden = teacher.backbone(inputs_embeds=embeds).last_hidden_state.float().cpu()
+        weight = torch.from_numpy(real / np.maximum(lengths, 1)[:, None]).float()
+        found[items] = torch.einsum("ilh,il->ih", hidden, weight).numpy()
+    return found
+
+
+def describe(teacher: Teacher, observer: Observer) -> None:
+    """Facts of the built model: what is adapted, how it is held, which attention it will run."""
+    adapted = ilora.adapted_layers(teacher.backbone)
+    frozen = [p for p in teacher.parameters() if not p.requires_grad]
+    config = teacher.backbone.config
+    observer.facts.update(
+        attn_implementation=config._attn_implementation,
+        param_dtypes=parameter_dtypes(teacher),
+        layers_adapted=len(adapted),
+        layers_4bit=llm.four_bit_layers(teacher.backbone),
+        adapted_4bit=sum(llm.four_bit_layers(layer.base_layer) for layer in adapted),
+        frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
+        trainable_parameters=sum(p.numel() for p in teacher.trainable()),
+    )
+    observer.probes.update(
+        gate_calls=lambda: teacher.call_counts()["gate"]["forward"],
+        checkpoint_calls=lambda: teacher.call_counts()["first_layer"],
+        training=lambda: teacher.training,
+    )
+
+
+def save_teacher(teacher: Teacher, folder: Path) -> None:
+    """Write what was trained (adapters, router with buffers, projector, item head) and the base's fingerprint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    adapters = get_peft_model_state_dict(teacher.backbone)
+    save_file(
+        {k: v.contiguous().cpu() for k, v in adapters.items()}, folder / "adapter_model.safetensors"
+    )
+    rest = {k: v.contiguous().cpu() for k, v in _own_state(teacher).items()}
+    save_file(rest, folder / "teacher.safetensors")
+    (folder / "base.json").write_text(json.dumps(teacher.fingerprint, indent=1))
+
+
+def load_teacher(teacher: Teacher, folder: Path) -> None:
+    """Load a checkpoint into a freshly built teacher.
+
+    Raises InputError when the base differs, or a key or shape is missing, unexpected or different.
+    """
+    stored = json.loads((folder / "base.json").read_text())
+    if stored != teacher.fingerprint:
+        differ = [k for k in stored if stored[k] != teacher.fingerprint.get(k)]
+        raise InputError(
+            f"{folder}: checkpoint of another base: "
+            + "; ".join(f"{k} {stored[k]}, this model {teacher.fingerprint.get(k)}" for k in differ)
+        )
+    adapters = load_file(folder / "adapter_model.safetensors")
+    rest = load_file(folder / "teacher.safetensors")
+    _exact(
+        folder / "adapter_model.safetensors", adapters, get_peft_model_state_dict(teacher.backbone)
+    )
+    _exact(folder / "teacher.safetensors", rest, _own_state(teacher))
+    set_peft_model_state_dict(teacher.backbone, adapters)
+    teacher.load_state_dict(rest, strict=False)  # the keys were compared above
+
+
+def _own_state(teacher: Teacher) -> dict[str, Tensor]:
+    """Router, projector and head: everything that is not the backbone."""
+    return {k: v for k, v in teacher.state_dict().items() if not k.startswith("backbone.")}
+
+
+def _exact(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint whose keys or shapes are not exactly the model's."""
+    wrong = sorted(
+        k
+        for k in found.keys() | wanted.keys()
+        if k not in found or k not in wanted or found[k].shape != wanted[k].shape
+    )
+    if wrong:
+        raise InputError(
+            f"{path}: {len(wrong)} keys do not fit, first {wrong[0]}: "
+            f"in the file {tuple(found[wrong[0]].shape) if wrong[0] in found else 'absent'}, "
+            f"in the model {tuple(wanted[wrong[0]].shape) if wrong[0] in wanted else 'absent'}"
+        )

@@ -1,0 +1,289 @@
+"""Made-up but fixed records that show every status and every call; used by several tests."""
+
+import math
+import random
+import zlib
+from typing import Any
+
+from bench.matrix import Cell, Matrix, cells
+
+GIB = 2**30
+USERS = 400
+STEPS = 24
+STAGES = ("teacher_fit", "teacher_test", "teacher_outputs")
+FIT, TEST, OUTPUTS = STAGES
+BATCH = {FIT: 32, TEST: 64, OUTPUTS: 64}
+SECONDS_PER_SAMPLE = {FIT: 0.004, TEST: 0.002, OUTPUTS: 0.0015}
+REPEATS = 5
+
+MATRIX = Matrix(
+    question="Which setting makes the teacher faster without making it worse?",
+    stages=STAGES,
+    base={"data": {"limit_data_rows": 10000}},
+    axes={
+        "train.precision": ["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"],
+        "teacher.adapter": ["lora", "qlora"],
+        "teacher.attn": ["sdpa", "eager", "flash_attention_2"],
+        "train.accumulate_grad_batches": [1, 4, 8],
+        "train.num_workers": [0, 2, 4],
+        "teacher.inference_batch_size": [64, 256, 512],
+        "train.trainer": ["loop", "lightning"],
+        "teacher.gradient_checkpointing": [False, True],
+        "teacher.lora_r": [8, 16, 32],
+        "train.batch_size": [32, 128],
+        "machine.image": ["host", "cu118"],
+    },
+    include=({"train.precision": "bf16-mixed", "teacher.inference_batch_size": 256},),
+    repeats=REPEATS,
+)
+
+# Time ratios to the baseline by stage; absent = 1.
+SPEED = {
+    "train.precision=bf16-mixed": {FIT: 0.61, TEST: 0.66, OUTPUTS: 0.65},
+    "train.precision=bf16-mixed, teacher.inference_batch_size=256": {
+        FIT: 0.61,
+        TEST: 0.56,
+        OUTPUTS: 0.57,
+    },
+    "train.precision=fp16-mixed": {FIT: 0.99},
+    "teacher.attn=eager": {FIT: 1.17, TEST: 1.21, OUTPUTS: 1.2},
+    "train.accumulate_grad_batches=4": {FIT: 0.9},
+    "train.num_workers=2": {FIT: 1.001},
+    "train.trainer=lightning": {FIT: 1.018},
+    "teacher.inference_batch_size=256": {TEST: 0.88, OUTPUTS: 0.9},
+    "teacher.gradient_checkpointing=true": {FIT: 1.31},
+    "teacher.lora_r=16": {FIT: 1.04, TEST: 1.03, OUTPUTS: 1.02},
+}
+# Spread between processes: wide for the cell that stays undecided.
+SPREAD = {"train.trainer=lightning": 0.02, "train.num_workers=2": 0.003}
+
+# How cells end that give no figures: status, stage, reason.
+DEATHS = {
+    "train.precision=bf16-true": ("oom_host", FIT, "SIGKILL, the cgroup's oom_kill counter rose"),
+    "teacher.adapter=qlora": (
+        "oom_gpu",
+        FIT,
+        "CUDA out of memory | tried to allocate *2.00 GiB*",
+    ),
+    "train.accumulate_grad_batches=8": ("killed", FIT, "signal 9 from outside"),
+    "train.num_workers=4": ("timeout", FIT, "train_steps: no progress in 3600 s"),
+    "teacher.inference_batch_size=512": ("driver", TEST, "CUDA error: operation not supported"),
+    "teacher.lora_r=32": ("import", "start_up", "libcudart.so: undefined symbol _ZN3c10"),
+    "train.batch_size=128": ("silent_exit", FIT, "exit 0 without an end record"),
+}
+NEVER_STARTED = {
+    "teacher.attn=flash_attention_2": ("unsupported", "flash-attn is not installed"),
+    "machine.image=cu118": ("skipped", "preflight failed: no container engine"),
+}
+# One failed repeat each of a cell that is measured otherwise: (block, status, stage, reason).
+STUMBLES = {
+    "teacher.gradient_checkpointing=true": (1, "bad_output", FIT, "loss is NaN at step 7"),
+    "teacher.attn=eager": (3, "error", TEST, "RuntimeError: boom <in> `forward`"),
+}
+
+
+def report_cells() -> list[Cell]:
+    """The cells of `MATRIX`, baseline first."""
+    return cells(MATRIX, has_gpu=True)
+
+
+def noise(*words: object) -> random.Random:
+    """A generator of its own for every name, equal in every process."""
+    return random.Random(zlib.crc32(repr(words).encode()))
+
+
+def all_records() -> list[dict[str, Any]]:
+    """Every record of the synthetic run, in the order a run writes them."""
+    found = [
+        head(cell, 0, stage, status) | {"repeat": 0, "reason": reason}
+        for cell in report_cells()
+        if cell.name in NEVER_STARTED
+        for stage in STAGES
+        for status, reason in [NEVER_STARTED[cell.name]]
+    ]
+    for block in range(REPEATS):
+        for cell in report_cells():
+            if cell.name not in NEVER_STARTED:
+                found += process_records(cell, block)
+    return found
+
+
+def process_records(cell: Cell, block: int) -> list[dict[str, Any]]:
+    """The records of one cell and repeat: whole, or up to its death."""
+    status, where, reason = DEATHS.get(cell.name, ("ok", "", ""))
+    if cell.name in STUMBLES and STUMBLES[cell.name][0] == block:
+        _, status, where, reason = STUMBLES[cell.name]
+    if where == "start_up":
+        return [head(cell, block, where, status) | {"reason": reason}]
+    found = []
+    for stage in STAGES:
+        if stage == where:
+            return [*found, head(cell, block, stage, status) | {"reason": reason}]
+        found.append(ok_record(cell, block, stage))
+    return found
+
+
+def head(cell: Cell, block: int, stage: str, status: str) -> dict[str, Any]:
+    """The fields every record has."""
+    return {
+        "schema": 1,
+        "matrix": "teacher_speed",
+        "cell": cell.name,
+        "key": cell.key,
+        "block": block,
+        "repeat": block + 1,
+        "stage": stage,
+        "status": status,
+        "reason": None,
+        "wall_s": 0.0,
+    }
+
+
+def ok_record(cell: Cell, block: int, stage: str) -> dict[str, Any]:
+    """One measured stage."""
+    random_ = noise(cell.name, block, stage)
+    shared = 1 + 0.02 * noise(block, stage).gauss(0, 1)
+    process = math.exp(SPREAD.get(cell.name, 0.006) * random_.gauss(0, 1))
+    ratio = SPEED.get(cell.name, {}).get(stage, 1.0)
+    seconds = SECONDS_PER_SAMPLE[stage] * ratio * shared * process
+    train, teacher = cell.settings.train, cell.settings.teacher
+    batch = BATCH[stage] if stage == FIT else teacher.inference_batch_size
+    steps = [
+        {
+            "seconds": batch
+            * seconds
+            * (1 + (i < 2) * 64 / batch)
+            * math.exp(0.01 * random_.gauss(0, 1)),
+            "samples": batch,
+            "tokens": batch * 40,
+            "padded_tokens": batch * 48,
+            "optimizer_step": stage == FIT and (i + 1) % train.accumulate_grad_batches == 0,
+        }
+        for i in range(STEPS * BATCH[stage] // batch)
+    ]
+    stepping = math.fsum(step["seconds"] for step in steps)
+    phases = {
+        "model": 2.0,
+        "observed_step": 0.4,
+        "train_steps" if stage == FIT else "inference_steps": stepping,
+        "validation" if stage == FIT else "store": 0.3 * stepping,
+        "tear_down": 0.01,
+        "unaccounted": 0.35 if stage == OUTPUTS else 0.02,
+    }
+    return head(cell, block, stage, "ok") | {
+        "wall_s": math.fsum(phases.values()),
+        "phases": phases,
+        "steps": steps,
+        "warmup_steps": 2,
+        "counts": {
+            "micro_batches": len(steps),
+            "optimizer_steps": STEPS // train.accumulate_grad_batches if stage == FIT else 0,
+            "rows": BATCH[stage] * STEPS,
+            "items": 800,
+        },
+        "memory": memory(cell, stage, random_),
+        "loader_wait_s": 0.004 * stepping,
+        "facts": facts(cell, stage),
+        "losses": losses(cell) if stage == FIT else [],
+        "metrics": {"loss": losses(cell)[-1] + 0.001 * noise(cell.name, block).random()},
+        "ranks": ranks(cell) if stage == TEST else None,
+        "warnings": ["first step 4× slower"] if cell.name == "baseline" and stage == FIT else [],
+    }
+
+
+def memory(cell: Cell, stage: str, random_: random.Random) -> dict[str, Any]:
+    """Peaks: half the torch memory under bf16, deterministic but for the host's."""
+    small = cell.settings.train.precision == "bf16-mixed"
+    allocated = round((2.9 if small else 5.06) * GIB) + (0 if stage == FIT else -GIB)
+    if cell.settings.teacher.gradient_checkpointing and stage == FIT:
+        allocated -= round(1.8 * GIB)
+    if cell.settings.teacher.inference_batch_size > 64 and stage != FIT:
+        allocated += round(0.7 * GIB)
+    allocated += (cell.settings.teacher.lora_r - 8) * 2**19
+    return {
+        "host_peak_bytes": round((1.9 + 0.02 * random_.random()) * GIB),
+        "torch_allocated_peak_bytes": allocated,
+        "torch_reserved_peak_bytes": allocated + 300 * 2**20,
+        "device_peak_bytes": {"unavailable": "NVML: not supported inside this sandbox"},
+    }
+
+
+def losses(cell: Cell) -> list[float]:
+    """A falling trace; the baseline's to the bit where nothing in the arithmetic changed.
+
+    That holds for fp16 too, which fell back without a word.
+    """
+    changes = ("bf16", "attn", "accumulate", "lora_r")
+    name = cell.name if any(word in cell.name for word in changes) else "baseline"
+    lift = 0.4 if name == "train.accumulate_grad_batches=4" else 0.0
+    random_ = noise(name, "loss")
+    return [
+        round(5.0 + lift + 3.2 * math.exp(-i / 8) + 0.02 * random_.gauss(0, 1), 6)
+        for i in range(STEPS)
+    ]
+
+
+def ranks(cell: Cell) -> list[float]:
+    """Ranks of the targets: one list for most cells, a worse one for long accumulation."""
+    common = noise("ranks")
+    found = [float(common.randrange(100)) for _ in range(USERS)]
+    if cell.name == "train.accumulate_grad_batches=4":
+        return [rank + 6 for rank in found]
+    if cell.name == "train.precision=bf16-mixed":
+        return [max(rank + shift, 0) for rank, shift in zip(found, shifts(), strict=True)]
+    return found
+
+
+def shifts() -> list[int]:
+    """Small moves of ranks in both directions, as rounding makes them."""
+    random_ = noise("shifts")
+    return [random_.choice((-1, 0, 0, 0, 0, 0, 0, 1)) for _ in range(USERS)]
+
+
+def facts(cell: Cell, stage: str) -> dict[str, Any]:
+    """What a step would show if every setting but fp16-mixed reached the model."""
+    train, teacher = cell.settings.train, cell.settings.teacher
+    bf16 = train.precision == "bf16-mixed"
+    training = stage == FIT
+    attention = "_softmax" if teacher.attn == "eager" else "scaled_dot_product_attention"
+    found: dict[str, Any] = {
+        "gemm_dtypes": {"bfloat16": 24, "float32": 1} if bf16 else {"float32": 25},
+        "attention_ops": {attention: 2},
+        "attn_implementation": teacher.attn,
+        "autocast_dtype": "bfloat16" if bf16 else None,
+        "param_dtypes": {
+            "trainable": {"float32": 30},
+            "frozen": {"bfloat16" if bf16 else "float32": 60},
+        },
+        "layers_adapted": 4,
+        "layers_4bit": 0,
+        "gate_calls": 4,
+        "frozen_bytes": (30 if bf16 else 60) * 2**20,
+        "image": "host",
+        "device": "cuda:0",
+        "training": training,
+    }
+    if training:
+        calls = 2 if teacher.gradient_checkpointing else 1
+        return found | {
+            "checkpoint_calls": {"forward": 1, "after_backward": calls},
+            "loader_workers": train.num_workers,
+            "trainer": train.trainer,
+            "lightning_imported": train.trainer == "lightning",
+            # Lightning, as a second difference, also left the pinned buffers on.
+            "pinned_memory": train.trainer == "lightning",
+        }
+    return found | {"largest_batch": teacher.inference_batch_size}
+
+
+MACHINE: dict[str, Any] = {
+    "has_gpu": True,
+    "gpus": [{"name": "A100-SXM4-80GB", "memory_bytes": 80 * GIB, "capability": [8, 0]}],
+    "packages": {"torch": "2.7.1+cu126", "transformers": "5.2.0"},
+    "recorded": "2026-11-20T18:15:30+00:00",
+    "host": "bench-1",
+    "variables": {"TOKENIZERS_PARALLELISM": "false"},
+    "command": ["/usr/bin/python3", "-m", "bench.run", "matrices/teacher_speed.yaml"],
+    "process": {"torch": "2.7.1+cu126", "torch_cuda": "12.6", "threads": 8, "pid": 4711},
+    "warnings": ["load 3.1 on 4 cores: stop other work"],
+}
