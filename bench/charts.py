@@ -141,8 +141,9 @@ def loss_chart(curves: Mapping[str, Sequence[float]]) -> Figure:
     Long traces are drawn as medians of equal windows, so that noise does not hide the course.
     """
     figure = Figure(figsize=(WIDTH, 4.2))
-    labels = {cell: textwrap.shorten(cell, 48, placeholder=" …") for cell in curves}
-    legend_width = 0.9 + INCHES_PER_LETTER * max(map(len, labels.values()))
+    labels = {cell: "\n".join(textwrap.wrap(cell, LABEL_LETTERS)) for cell in curves}
+    longest = max(len(line) for label in labels.values() for line in label.split("\n"))
+    legend_width = 0.9 + INCHES_PER_LETTER * longest
     axes = figure.add_axes((0.07, 0.13, (WIDTH - 0.9 - legend_width) / WIDTH, 0.82))
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     for index, (cell, losses) in enumerate(curves.items()):

@@ -138,9 +138,11 @@ def name_death(
 
 
 def _worker_failure(line: dict[str, Any]) -> tuple[str, str]:
-    status, reason = line.get("status"), str(line.get("reason") or "no reason given")
+    status, reason = line.get("status") or "error", str(line.get("reason") or "no reason given")
     if status not in WORKER_STATUSES:
         return "error", f"{status}: {reason}"
+    if status == "error" and (named := text_death(reason.splitlines())):
+        status = named[0]  # an exception type that says nothing, a text that does
     return str(status), f"{line['phase']}: {reason}" if line.get("phase") else reason
 
 

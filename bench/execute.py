@@ -19,6 +19,9 @@ ORDER: tuple[str, ...] = get_args(StageName)
 UPSTREAM = ("seed", "data", "student", "eval")
 """Sections that decide the artefacts made before any teacher stage."""
 
+MOST_FAILURES = 2
+"""A cell whose first repeats all fail is given up after this many."""
+
 Launch = Callable[[Job, Callable[[], bool], Callable[[Events], None]], Outcome]
 
 
@@ -56,7 +59,7 @@ class Progress:
     """What the display needs to hear; every call returns at once."""
 
     expect: Callable[[int], None]
-    """Measured processes still to come; set-up may make them fewer."""
+    """Number of measured processes still to come."""
     begin: Callable[[str], None]
     step: Callable[[Events], None]
     end: Callable[[str, Outcome, bool], None]
@@ -107,39 +110,54 @@ def execute(
     Raises launch.Interrupted, with every finished group on the disk.
     """
     remove_private_artefacts(run.folder)
-    done = records.finished(records.repair(run.records_path, run.matrix.stages), run.matrix.stages)
+    past = records.repair(run.records_path, run.matrix.stages)
+    done = records.finished(past, run.matrix.stages)
+
+    def exclude(cell: Cell, status: str, reason: str, log_tail: Sequence[str] = ()) -> None:
+        records.append(run.records_path, not_started(run, cell, status, reason, log_tail))
+        done.add((cell.key, 0))
+
     for cell in run.cells:
         if cell.key in unsupported and (cell.key, 0) not in done:
-            rows = not_started(run, cell, "unsupported", unsupported[cell.key])
-            records.append(run.records_path, rows)
-            done.add((cell.key, 0))
+            exclude(cell, "unsupported", unsupported[cell.key])
     todo = tasks(run.cells, run.matrix.repeats, done)
-    progress.expect(len(todo))
     for cell in {task.cell.key: task.cell for task in todo}.values():
         if problem := set_up(run, cell, progress, stopped, launch):
-            reason, tail = problem
-            records.append(run.records_path, not_started(run, cell, "skipped", reason, tail))
-            done.add((cell.key, 0))
-    todo = tasks(run.cells, run.matrix.repeats, done)
-    progress.expect(len(todo))
-    for task in todo:
-        outcome = measure(run, task, progress, stopped, launch)
+            exclude(cell, "skipped", *problem)
+    while todo := tasks(run.cells, run.matrix.repeats, done):
+        task = todo[0]
+        progress.expect(len(todo))
+        if reason := hopeless(past, task.cell):
+            exclude(task.cell, "skipped", reason)
+            continue
+        outcome, group = measure(run, task, progress, stopped, launch)
+        past += group
+        done.add((task.cell.key, task.block))
         note_process(outcome.process)
+
+
+def hopeless(past: Sequence[records.Record], cell: Cell) -> str | None:
+    """Why a cell is not tried again: its first repeats all failed, and a hang may cost an hour."""
+    own = [record for record in past if record["key"] == cell.key]
+    failed = {record["repeat"]: record["status"] for record in own if record["status"] != "ok"}
+    if len(failed) < MOST_FAILURES or len({record["repeat"] for record in own}) > len(failed):
+        return None
+    return f"not tried again: its first {len(failed)} repeats ended {', '.join(failed.values())}"
 
 
 def measure(
     run: Run, task: Task, progress: Progress, stopped: Callable[[], bool], launch: Launch
-) -> Outcome:
+) -> tuple[Outcome, list[records.Record]]:
     """One fresh process for one cell and repeat; its records are on the disk on return."""
     label = f"block {task.block} {task.cell.name}"
     job = write_job(run, task.cell, f"{file_name(task.cell)}-r{task.block}", task.block)
     progress.begin(label)
     outcome = launch(job, stopped, progress.step)
-    head = identity(run, task.cell, task.block)
-    records.append(run.records_path, stage_records(outcome, head))
+    group = stage_records(outcome, identity(run, task.cell, task.block))
+    records.append(run.records_path, group)
     remove_private_artefacts(run.folder)
     progress.end(label, outcome, True)
-    return outcome
+    return outcome, group
 
 
 def set_up(
@@ -176,14 +194,16 @@ def upstream_need(settings: Settings, stages: Sequence[str]) -> str | None:
 
     Cells with equal names share them. The measured stages themselves make the rest.
     """
-    if set(stages) == set(ORDER[: len(stages)]):
+    before = ORDER[: max(ORDER.index(stage) for stage in stages)]
+    missing = [stage for stage in before if stage not in stages]
+    if "evaluate_all" not in stages:  # nothing else reads what a test stage made
+        missing = [stage for stage in missing if not stage.endswith("_test")]
+    if not missing:
         return None
-    sections = list(UPSTREAM)
-    last = max(ORDER.index(stage) for stage in stages)
-    if last > ORDER.index("teacher_fit") and "teacher_fit" not in stages:
-        sections += ["teacher", "train"]
-    if last > ORDER.index("distill_fit") and "distill_fit" not in stages:
-        sections += ["distill"]
+    sections = [*UPSTREAM]
+    for group, needed in (("teacher", ("teacher", "train")), ("distill", ("distill",))):
+        if any(stage.startswith(group) for stage in missing):
+            sections += needed
     chosen = settings.model_dump(mode="json", include=set(sections))
     return sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -41,8 +41,8 @@ def shown(console: Console) -> Iterator[Progress]:
 
     def expect(count: int) -> None:
         nonlocal processes
-        processes = count
-        bar.update(row, total=count)
+        processes = len(seconds) + count
+        bar.update(row, total=processes)
 
     def begin(name: str) -> None:
         nonlocal label

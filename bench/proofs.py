@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Facts = Mapping[str, Any]
-TEACHER_STAGES = ("teacher_fit", "teacher_test", "teacher_outputs")
+SCORING_STAGES = ("teacher_test", "teacher_outputs")
+TEACHER_STAGES = ("teacher_fit", *SCORING_STAGES)
 FIT_STAGES = ("student_fit", "teacher_fit", "distill_fit")
 # Rotary position angles are multiplied in float32 on purpose, once for each forward of the backbone
 # (recomputation may repeat it); every other product must run in the dtype that was asked for.
@@ -71,36 +72,37 @@ def prove_precision(value: str, facts: Facts, settings: Mapping[str, Any]) -> Pr
     products = {name: n for name, n in (facts.get("gemm_dtypes") or {}).items() if n}
     if not products:
         return unknown(requested, "matrix products of the backbone")
-    autocast = facts.get("autocast_dtype")
-    seen = "autocast_dtype" in facts
     parameters = facts.get("param_dtypes") or {}
     trainable, frozen = parameters.get("trainable") or {}, parameters.get("frozen") or {}
+    autocast = autocast_of(facts, products, trainable)
     others = {name: n for name, n in products.items() if name != dtype}
-    strays = sum(others.values())
     allowed = 0 if value == "fp32" else FLOAT32_EXCEPTIONS
-    right = (
-        set(others) <= {"float32"}
-        and strays <= allowed
-        and products.get(dtype, 0) > strays
-        and (autocast == dtype or not seen if mixed else autocast is None)
-        and (not mixed or set(trainable) <= {"float32"})
-        and (value != "bf16-true" or mostly(frozen, dtype))
-    )
-    observed = (
-        f"{counted(products)} products, autocast {(autocast or 'off') if seen else 'unknown'}"
-    )
-    if trainable:
-        observed += f", trainable {counted(trainable)}"
-    if frozen:
-        observed += f", frozen {counted(frozen)}"
-    # bfloat16 products alone do not tell autocast from bfloat16 weights.
-    return Proved(None if right and mixed and not seen else right, requested, observed)
+    right = set(others) <= {"float32"} and sum(others.values()) <= allowed
+    right = right and products.get(dtype, 0) > sum(others.values())
+    right = right and (autocast in (dtype, "unknown") if mixed else autocast in ("off", "unknown"))
+    if mixed:
+        right = right and set(trainable) <= {"float32"}
+    if value == "bf16-true":
+        right = right and set(frozen) <= {dtype, PACKED}
+    observed = f"{counted(products)} products, autocast {autocast}"
+    for kind, dtypes in (("trainable", trainable), ("frozen", frozen)):
+        observed += f", {kind} {counted(dtypes)}" if dtypes else ""
+    # 16-bit products alone do not tell autocast from 16-bit weights.
+    silent = right and autocast == "unknown" and value != "fp32"
+    return Proved(None if silent else right, requested, observed)
 
 
-def mostly(dtypes: Mapping[str, int], dtype: str) -> bool:
-    """Most unpacked tensors have the dtype; the frozen student and norms may stay float32."""
-    unpacked = {name: n for name, n in dtypes.items() if name != PACKED}
-    return not unpacked or 2 * unpacked.get(dtype, 0) > sum(unpacked.values())
+def autocast_of(facts: Facts, products: Mapping[str, int], trainable: Mapping[str, int]) -> str:
+    """The autocast dtype of the observed step, "off", or "unknown".
+
+    Where it was not read, 16-bit products of adapters whose weights are all float32 give it away.
+    """
+    if "autocast_dtype" in facts:
+        return facts["autocast_dtype"] or "off"
+    if not trainable:
+        return "unknown"
+    running = max(products, key=lambda name: products[name])
+    return running if set(trainable) == {"float32"} and running != "float32" else "off"
 
 
 def prove_adapter(value: str, facts: Facts, settings: Mapping[str, Any]) -> Proved:
@@ -110,11 +112,13 @@ def prove_adapter(value: str, facts: Facts, settings: Mapping[str, Any]) -> Prov
     if name := missing(facts, "layers_adapted", "layers_4bit", "gate_calls"):
         return unknown(requested, name)
     adapted, packed, gated = facts["layers_adapted"], facts["layers_4bit"], facts["gate_calls"]
-    observed = f"{packed} layers 4-bit, {adapted} adapted, gate in {gated}"
+    # bitsandbytes also packs linears that carry no adapter; those alone would prove nothing.
+    packed_adapted = facts.get("adapted_4bit", min(packed, adapted))
+    observed = f"{packed_adapted} of {adapted} adapted layers 4-bit ({packed} in all)"
+    observed += f", gate in {gated}"
     if facts.get("frozen_bytes") is not None:
         observed += f", frozen weights {facts['frozen_bytes'] / 2**20:.1f} MiB"
-    # bitsandbytes also packs linears that carry no adapter, so more may be 4-bit than adapted.
-    right = packed >= adapted if value == "qlora" else packed == 0
+    right = packed_adapted == adapted if value == "qlora" else packed == 0
     return Proved(adapted > 0 and right and gated == adapted, requested, observed)
 
 
@@ -161,7 +165,7 @@ def prove_accumulation(value: int, facts: Facts, settings: Mapping[str, Any]) ->
     The number of epochs trained is a count where the worker gives one; otherwise the last group of
     each of up to `max_epochs` epochs may have been short.
     """
-    requested = f"1 optimizer step in {value} micro-batches"
+    requested = f"{value} micro-batch{'es' * (value > 1)} for one optimizer step"
     if name := missing(facts, "micro_batches", "optimizer_steps"):
         return unknown(requested, name)
     micro, steps = facts["micro_batches"], facts["optimizer_steps"]
@@ -210,19 +214,17 @@ PROOFS: dict[str, Proof] = {
     "teacher.adapter": Proof(TEACHER_STAGES, prove_adapter),
     "teacher.attn": Proof(TEACHER_STAGES, prove_attention),
     "teacher.gradient_checkpointing": Proof(("teacher_fit",), prove_checkpointing),
-    "teacher.inference_batch_size": Proof(
-        ("teacher_test", "teacher_outputs"), prove_inference_batch
-    ),
+    "teacher.inference_batch_size": Proof(SCORING_STAGES, prove_inference_batch),
     "train.accumulate_grad_batches": Proof(("teacher_fit",), prove_accumulation),
-    "train.num_workers": Proof(FIT_STAGES, prove_workers),
+    "train.num_workers": Proof((*FIT_STAGES, *SCORING_STAGES), prove_workers),
     "train.trainer": Proof(FIT_STAGES, prove_trainer),
-    "machine.image": Proof((*FIT_STAGES, "teacher_test", "teacher_outputs"), prove_image),
+    "machine.image": Proof((*FIT_STAGES, *SCORING_STAGES), prove_image),
 }
 
 # What a setting rightly changes beside its own proof. Whatever else differs is a second difference.
 EXPECTED_FACTS: dict[str, frozenset[str]] = {
     "train.precision": frozenset({"gemm_dtypes", "autocast_dtype", "param_dtypes", "frozen_bytes"}),
-    "teacher.adapter": frozenset({"layers_4bit", "param_dtypes", "frozen_bytes"}),
+    "teacher.adapter": frozenset({"layers_4bit", "adapted_4bit", "param_dtypes", "frozen_bytes"}),
     "teacher.attn": frozenset({"attention_ops", "attn_implementation"}),
     "teacher.gradient_checkpointing": frozenset({"checkpoint_calls"}),
     "teacher.inference_batch_size": frozenset({"largest_batch", "micro_batches"}),
@@ -231,8 +233,10 @@ EXPECTED_FACTS: dict[str, frozenset[str]] = {
     "train.trainer": frozenset({"trainer", "lightning_imported"}),
     "machine.image": frozenset({"image"}),
     "train.batch_size": frozenset({"largest_train_batch", "micro_batches", "optimizer_steps"}),
-    "teacher.lora_r": frozenset({"frozen_bytes"}),
-    "teacher.target_modules": frozenset({"layers_adapted", "gate_calls", "param_dtypes"}),
+    "teacher.lora_r": frozenset({"trainable_parameters"}),
+    "teacher.target_modules": frozenset(
+        {"layers_adapted", "adapted_4bit", "gate_calls", "param_dtypes", "trainable_parameters"}
+    ),
     "machine.device": frozenset({"device"}),
 }
 # Results of nearly any change, not settings that could have changed by themselves.

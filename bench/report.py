@@ -41,7 +41,7 @@ from core import config
 
 ALL = {"data.limit_data_rows": -1, "data.limit_eval_users": -1, "train.max_steps": -1}
 """Settings that cut the work, with the value that cuts nothing."""
-UNTOLD = ("packages", "variables", "command", "worker", "warnings", "only", "versions", "pid")
+UNTOLD = ("packages", "variables", "command", "worker", "warnings", "only", "resumed", "pid")
 """Parts of machine.json too long or too private to the machine for the report."""
 
 
@@ -54,8 +54,7 @@ def write(
     machine: dict[str, Any],
 ) -> Path:
     """Write report, charts and best.yaml into a run folder, each file whole; the report's path."""
-    place = Path(*folder.parts[-3:])
-    files = render(matrix, cells, records, judgement, machine, place.as_posix())
+    files = render(matrix, cells, records, judgement, machine, folder.as_posix())
     for stale in folder.glob("*.svg"):
         if stale.name not in files:
             stale.unlink()

@@ -1,5 +1,6 @@
 """The main command: read a matrix, plan, check the machine, launch every cell, judge, report."""
 
+import errno
 import json
 import signal
 import sys
@@ -28,6 +29,8 @@ from core.config import InputError
 FEWEST_REPEATS = 4
 """Below this no verdict is given."""
 INTERRUPTED = 130
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""Disk full, over quota, read-only, not permitted."""
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -65,6 +68,11 @@ def main(
         status = 2
     except machine.UnfitMachine as error:
         print(error, file=sys.stderr)
+        status = 3
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"machine: {error}; what was measured is kept, see --resume", file=sys.stderr)
         status = 3
     raise typer.Exit(status)
 

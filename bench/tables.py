@@ -29,7 +29,8 @@ def plain(text: object) -> str:
 
 def code(text: object) -> str:
     """A name as Markdown code that survives inside a table."""
-    return "`" + " ".join(str(text).split()).replace("`", "'").replace("|", "\\|") + "`"
+    line = " ".join(str(text).split()).replace("`", "'")
+    return "`" + re.sub(r"\\*\|", r"\\|", line) + "`"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -39,12 +40,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         "right" if all(is_figure(row[i]) for row in body) else "left" for i in range(len(head))
     ]
     align[0] = "left"
-    return tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=align)
+    return str(tabulate(body, head, tablefmt="pipe", disable_numparse=True, colalign=align))
+
+
+WIDEST = 100
+"""Ratios beyond this are printed as such."""
 
 
 def is_figure(text: str) -> bool:
     """Whether a cell holds numbers or nothing, for alignment."""
-    return re.fullmatch(r"[\d\s.+()%–-]*", re.sub(r" to | s\b", " ", text)) is not None
+    return re.fullmatch(r"[\d\s.+()%>–-]*", re.sub(r" to | s\b", " ", text)) is not None
 
 
 def signed(value: float | None, digits: int = 4) -> str:
@@ -54,7 +59,11 @@ def signed(value: float | None, digits: int = 4) -> str:
 
 def interval(low: float | None, high: float | None) -> str:
     """Bounds of a ratio, or a dash."""
-    return "–" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+    if low is None or high is None:
+        return "–"
+    if high > WIDEST:  # two or three noisy repeats: the digits would say nothing
+        return f"{low:.3f} to > {WIDEST}"
+    return f"{low:.3f} to {high:.3f}"
 
 
 def figure(value: float | None) -> str:
@@ -113,7 +122,8 @@ def stage_row(row: Verdict, stepping: bool, sources: Sequence[str]) -> list[str]
         ratio = "1"
     verdict = row.words
     if row.call == "undecided" and row.smallest:
-        verdict += f"; this run sees {100 * row.smallest:.1f} % or more"
+        seen = f"{100 * row.smallest:.1f} % or more" if row.smallest < 1 else "only more than a doubling"
+        verdict += f"; this run sees {seen}"
     effect = {True: "yes", False: "no", None: "unknown"}[row.in_effect] if row.repeats else "–"
     memory = [gib(row.memory.get(source)) for source in sources]
     return [code(row.cell), *times, ratio, interval(row.low, row.high), *memory, verdict, effect]

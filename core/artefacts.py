@@ -1,9 +1,9 @@
-"""Artefacts addressed by content and handed over by manifest: an unchanged stage is never recomputed, a changed one
-never finds the old result.
+"""Artefacts addressed by content and handed over by manifest: an unchanged stage is never
+recomputed, a changed one never finds the old result.
 
-The address of a stage is the hash of the code of `core`, the settings the stage may read, the state of the source
-files and the addresses of the stages before it. A stage is only given the settings it declares, so a setting that is
-missing from the address cannot be read.
+The address of a stage is the hash of the code of `core`, the settings the stage may read, the state
+of the source files and the addresses of the stages before it. A stage is only given the settings it
+declares, so a setting that is missing from the address cannot be read.
 """
 
 import hashlib
@@ -66,12 +66,16 @@ def code_digest() -> str:
 
 
 def file_states(paths: Sequence[Path]) -> list[list]:
-    """Name, size and modification time of source files: what tells a changed data set without reading it."""
+    """Name, size and modification time of source files: what tells a changed data set without
+    reading it.
+    """
     return [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(paths)]
 
 
 class Store:
-    """Folders `<stage>-<address>`: new ones appear whole under `root`, finished ones may also lie in `shared`."""
+    """Folders `<stage>-<address>`: new ones appear whole under `root`, finished ones may also lie
+    in `shared`.
+    """
 
     def __init__(self, root: Path, shared: Path | None = None):
         self.root, self.shared = root, shared
@@ -88,7 +92,8 @@ class Store:
     def create(self, stage: str, address: str) -> Iterator[Path]:
         """A working folder that becomes the artefact when the block ends well.
 
-        It keeps its name between tries of one address, so a stage may continue what an interrupted one left.
+        It keeps its name between tries of one address, so a stage may continue what an interrupted
+        one left.
         """
         partial = self.root / f".{stage}-{address}.partial"
         partial.mkdir(parents=True, exist_ok=True)
@@ -114,8 +119,12 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder}: no {MANIFEST} here; wanted the folder of a finished stage")
-    manifest = json.loads(path.read_text())
-    for name, expected in manifest["files"].items():
+    try:
+        manifest = json.loads(path.read_text())
+        files, _ = manifest["files"], manifest["stage"]
+    except (ValueError, KeyError):
+        raise InputError(f"{path}: not a stage's; wanted the folder of a finished stage") from None
+    for name, expected in files.items():
         file = folder / name
         if not file.is_file():
             raise InputError(

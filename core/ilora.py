@@ -1,10 +1,13 @@
-"""iLoRA: a per-user gate over LoRA's rank slices, inside unmodified peft layers; adapter-only checkpoints.
+"""iLoRA: a per-user gate over LoRA's rank slices, inside unmodified peft layers; adapter-only
+checkpoints.
 
-Shapes: B users, D width of the SASRec state, K experts, R LoRA rank, M tokens of a batch (padding included).
+Shapes: B users, D width of the SASRec state, K experts, R LoRA rank, M tokens of a batch (padding
+included).
 
 Expert k owns rows k·R/K .. (k+1)·R/K − 1 of A and those columns of B, so the mixture
-y = W0 x + s Σ_k g_k B_k A_k x, s = alpha / (R/K), is one multiply between A and B (Kong et al., iLoRA, NeurIPS 2024):
-B · diag(repeat(g, R/K)) · A. It holds for dense and 4-bit layers alike, because all call `lora_A` as a module.
+y = W0 x + s Σ_k g_k B_k A_k x, s = alpha / (R/K), is one multiply between A and B (Kong et al.,
+iLoRA, NeurIPS 2024): B · diag(repeat(g, R/K)) · A. It holds for dense and 4-bit layers alike,
+because all call `lora_A` as a module.
 """
 
 from collections.abc import Iterator
@@ -21,14 +24,15 @@ from core.settings import TeacherSettings
 
 
 class ResNetRouter(nn.Module):
-    """The released router: a 1-D ResNet-20 over the numbers of the state; BatchNorm ties users of a batch together.
+    """The released router: a 1-D ResNet-20 over the numbers of the state; BatchNorm ties users of a
+    batch together.
 
     Kept to reproduce; prefer `mlp`. 90,772 parameters at K = 4.
     """
 
     def __init__(self, experts: int):
         super().__init__()
-        self.stem = nn.Conv1d(3, 16, 3, padding=1, bias=False)
+        self.stem = nn.Conv1d(1, 16, 3, padding=1, bias=False)
         self.stem_norm = nn.BatchNorm1d(16)
         widths = (
             [(16, 16, 1)] * 3
@@ -42,8 +46,7 @@ class ResNetRouter(nn.Module):
 
     def forward(self, state_BD: Tensor) -> Tensor:
         """Logits (B, K)."""
-        x = state_BD.unsqueeze(1).expand(-1, 3, -1)
-        x = F.relu(self.stem_norm(self.stem(x)))
+        x = F.relu(self.stem_norm(self.stem(state_BD.unsqueeze(1))))
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(-1))
@@ -83,7 +86,9 @@ def gate_weights(router: nn.Module, state_BD: Tensor) -> Tensor:
 
 
 class RankGate:
-    """Multiplies every adapted layer's rank-space activations by the factors bound to the running forward."""
+    """Multiplies every adapted layer's rank-space activations by the factors bound to the running
+    forward.
+    """
 
     def __init__(self):
         self.factor_MR: Tensor | None = None
@@ -117,14 +122,16 @@ class RankGate:
                 "expanded batches (beams) must repeat their factors"
             )
         self.calls += 1
-        # Some backbones flatten (B, T, d) to (B·T, d) before a layer; both have a row for each token.
+        # Some backbones flatten (B, T, d) to (B·T, d) before a layer; both have a row for each
+        # token.
         return output * self.factor_MR.view_as(output).to(output.dtype)
 
 
 def token_factors(gate_BK: Tensor, lengths_B: Tensor, width: int, rank: int) -> Tensor:
     """Factors for each token (B·width, R): K·g_k on the ranks of expert k, 0 on padding.
 
-    peft scales by alpha/R, iLoRA by alpha/(R/K): the K makes up for it, and a uniform gate is plain LoRA.
+    peft scales by alpha/R, iLoRA by alpha/(R/K): the K makes up for it, and a uniform gate is plain
+    LoRA.
     """
     experts = gate_BK.shape[1]
     factor_BR = (gate_BK * experts).repeat_interleave(rank // experts, 1)
@@ -154,7 +161,9 @@ def add_adapters(backbone: nn.Module, settings: TeacherSettings, gate: RankGate)
 
 
 def adapted_layers(model: nn.Module) -> list[LoraLayer]:
-    """The LoRA layers of a model. Raises RuntimeError for variants that go round `lora_A` (merged, DoRA)."""
+    """The LoRA layers of a model. Raises RuntimeError for variants that go round `lora_A` (merged,
+    DoRA).
+    """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         if layer.merged or getattr(layer, "lora_variant", {}):

@@ -1,7 +1,9 @@
-"""The only place that loads language models: hub id, local folder, or an architecture preset with random weights.
+"""The only place that loads language models: hub id, local folder, or an architecture preset with
+random weights.
 
-A preset has the real architecture and the real vocabulary size, so its speed and memory are those of the trained
-model; its tokenizer is trained in memory on the titles. Nothing has to be downloaded.
+A preset has the real architecture and the real vocabulary size, so its speed and memory are those
+of the trained model; its tokenizer is trained in memory on the titles. Nothing has to be
+downloaded.
 """
 
 import hashlib
@@ -59,11 +61,14 @@ WEIGHT_DTYPES = {
     "bf16-true": torch.bfloat16,
     "fp16-mixed": torch.float16,
 }
-"""How the frozen backbone is stored. Mixed forms keep fp32 for what is trained; a frozen weight needs no master."""
+"""How the frozen backbone is stored. Mixed forms keep fp32 for what is trained; a frozen weight
+needs no master.
+"""
 
 
 def load_tokenizer(name: str, texts: list[str]):
-    """The model's own tokenizer, or for a preset one trained on the texts (byte-level BPE, fits the vocabulary).
+    """The model's own tokenizer, or for a preset one trained on the texts (byte-level BPE, fits the
+    vocabulary).
 
     Raises InputError when the name is no preset, no folder and cannot be had from the hub.
     """
@@ -75,9 +80,11 @@ def load_tokenizer(name: str, texts: list[str]):
 def load_backbone(
     settings: TeacherSettings, precision: str, device: torch.device, seed: int
 ) -> PreTrainedModel:
-    """The transformer without its LM head, frozen, on the device, in the dtype `precision` asks for.
+    """The transformer without its LM head, frozen, on the device, in the dtype `precision` asks
+    for.
 
-    `qlora` holds its linear layers in NF4. Presets draw their weights with `seed`; the global generator is untouched.
+    `qlora` holds its linear layers in NF4. Presets draw their weights with `seed`; the global
+    generator is untouched.
     """
     name, dtype = settings.llm_model_name, WEIGHT_DTYPES[precision]
     config = preset_config(name) if name in PRESETS else _hub(AutoConfig.from_pretrained, name)
@@ -98,7 +105,9 @@ def load_backbone(
             common["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
             )
-        model = _hub(AutoModel.from_pretrained, name, config=config, device_map={"": device}, **common)
+        model = _hub(
+            AutoModel.from_pretrained, name, config=config, device_map={"": device}, **common
+        )
     model.requires_grad_(False)
     model.config.use_cache = (
         False  # one forward for each row: a cache would be written and never read
@@ -115,8 +124,11 @@ def preset_config(name: str) -> PretrainedConfig:
 
 def four_bit_layers(model: nn.Module) -> int:
     """Linear layers whose weights are really held in 4 bit."""
+    # peft's wrapper bears the same class name and shows its base layer's weight: not a layer of its own.
     return sum(
-        type(module).__name__ == "Linear4bit" and module.weight.dtype == torch.uint8
+        type(module).__name__ == "Linear4bit"
+        and "weight" in module._parameters
+        and module.weight.dtype == torch.uint8
         for module in model.modules()
     )
 
@@ -131,11 +143,23 @@ def fingerprint(settings: TeacherSettings, model: PreTrainedModel, precision: st
         "adapter": settings.adapter,
         "dtype": str(WEIGHT_DTYPES[precision]).removeprefix("torch."),
         "config": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "weights": _weights_digest(model),
     }
 
 
+def _weights_digest(model: nn.Module) -> str:
+    """Hash of the first numbers of every unpacked tensor: another seed, revision or folder content
+    is another base.
+    """
+    tensors = [p.detach().flatten()[:8] for p in model.parameters() if p.is_floating_point()]
+    sample = torch.cat([tensor.float() for tensor in tensors]).cpu().numpy()
+    return hashlib.sha256(sample.tobytes()).hexdigest()[:16]
+
+
 def _quantise(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Put bitsandbytes NF4 layers in place of a random model's linears (`from_pretrained` does it for stored ones)."""
+    """Put bitsandbytes NF4 layers in place of a random model's linears (`from_pretrained` does it
+    for stored ones).
+    """
     import bitsandbytes as bnb
 
     for parent in list(model.modules()):
@@ -147,10 +171,12 @@ def _quantise(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
                 layer.out_features,
                 bias=layer.bias is not None,
                 compute_dtype=compute_dtype,
+                compress_statistics=False,
                 quant_type="nf4",
             )
+            # Plain NF4 like the stored path: double quantisation is off there by default.
             packed.weight = bnb.nn.Params4bit(
-                layer.weight.data, requires_grad=False, quant_type="nf4"
+                layer.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4"
             )
             packed.bias = layer.bias
             setattr(parent, name, packed)
@@ -158,7 +184,9 @@ def _quantise(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
 
 
 def _keep_autograd_on_cpu(model: nn.Module) -> None:
-    """On CPUs with AVX512-BF16 a forward without gradients repacks 4-bit weights and later training loses autograd."""
+    """On CPUs with AVX512-BF16 a forward without gradients repacks 4-bit weights and later training
+    loses autograd.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -188,7 +216,12 @@ def _hub(load, name: str, **options):
     try:
         return load(name, **options)
     except (OSError, ValueError) as error:
-        if Path(name).is_dir() or not isinstance(error, OSError):
+        if Path(name).is_dir():
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"teacher.llm_model_name: the folder '{name}' cannot be loaded ({reason})"
+            ) from error
+        if not isinstance(error, OSError):
             raise
         raise InputError(
             f"teacher.llm_model_name: '{name}' is no preset, no local folder, and could not be had from the hub"

@@ -1,6 +1,8 @@
-"""The plain training loop (`train.trainer: loop`): epochs, accumulation, validation, best checkpoint.
+"""The plain training loop (`train.trainer: loop`): epochs, accumulation, validation, best
+checkpoint.
 
-`Fit` is what any trainer needs to know of a model; `core.lightning` runs the same `Fit` under Lightning.
+`Fit` is what any trainer needs to know of a model; `core.lightning` runs the same `Fit` under
+Lightning.
 """
 
 import contextlib
@@ -24,7 +26,8 @@ class NonFiniteLoss(RuntimeError):
 class Fit:
     """One model's training, trainer-independent.
 
-    A batch is a dictionary of tensors with the integers `samples`, `tokens` and `padded_tokens` beside them.
+    A batch is a dictionary of tensors with the integers `samples`, `tokens` and `padded_tokens`
+    beside them.
     """
 
     model: nn.Module
@@ -52,7 +55,9 @@ class Fit:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """The autocast region of a precision setting: mixed forms only, the others run in the weights' dtype."""
+    """The autocast region of a precision setting: mixed forms only, the others run in the weights'
+    dtype.
+    """
     if precision not in ("bf16-mixed", "fp16-mixed"):
         return contextlib.nullcontext()
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
@@ -75,16 +80,14 @@ def loader(dataset: Dataset, num_workers: int, device: torch.device) -> DataLoad
 
 
 def delivered(source: Iterable, observer: Observer, device: torch.device) -> Iterator[dict]:
-    """Batches on the device; the time spent waiting for each is the loader wait."""
-    batches = iter(source)
-    while True:
-        asked = time.perf_counter()
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
+    """Batches on the device; the time spent waiting for each is the loader wait, the start of
+    workers included.
+    """
+    asked = time.perf_counter()
+    for batch in source:
         observer.loader_wait_s += time.perf_counter() - asked
         yield to_device(batch, device)
+        asked = time.perf_counter()
 
 
 class BestSoFar:
@@ -109,8 +112,25 @@ class BestSoFar:
         return self.bad >= self.fit.patience
 
 
+def end_epoch(fit: Fit, epoch: int, first_step: int, best: BestSoFar, observer: Observer) -> bool:
+    """Check an epoch's losses, from `first_step` on, and validate where due; True when training
+    should stop.
+
+    Raises NonFiniteLoss.
+    """
+    with observer.phase("train_steps"):  # the device still works: what it has left belongs here
+        train_loss = mean_loss(observer.losses[first_step:], first_step)
+    if (epoch + 1) % fit.eval_every and epoch + 1 < fit.max_epochs:
+        return False
+    with observer.phase("validation"):
+        metrics = fit.validate()
+    return best.update(epoch, train_loss, metrics, observer)
+
+
 def mean_loss(losses: list[Tensor], first_step: int) -> float:
-    """Mean of an epoch's losses. Raises NonFiniteLoss naming the first bad step; the epoch's one device read."""
+    """Mean of an epoch's losses. Raises NonFiniteLoss naming the first bad step; the epoch's one
+    device read.
+    """
     if not losses:
         raise NonFiniteLoss(f"step {first_step}: the epoch held no batch")
     values = torch.stack(losses).float()
@@ -131,12 +151,7 @@ def fit_loop(fit: Fit, observer: Observer) -> None:
         first = len(observer.losses)
         with observer.phase("train_steps"):
             optimizer_steps = _epoch(fit, epoch, optimizer_steps, scaler, observer)
-        train_loss = mean_loss(observer.losses[first:], first)
-        if (epoch + 1) % fit.eval_every and epoch + 1 < fit.max_epochs:
-            continue
-        with observer.phase("validation"):
-            metrics = fit.validate()
-        if best.update(epoch, train_loss, metrics, observer):
+        if end_epoch(fit, epoch, first, best, observer):
             break
     with observer.phase("checkpoint"):
         fit.save("last")

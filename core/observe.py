@@ -1,6 +1,8 @@
-"""What one live step really did: operators, operand dtypes, saved bytes, phases and counts, collected as facts.
+"""What one live step really did: operators, operand dtypes, saved bytes, phases and counts,
+collected as facts.
 
-Facts are read off the running process, never copied from the settings; `bench.proofs` compares the two.
+Facts are read off the running process, never copied from the settings; `bench.proofs` compares the
+two.
 """
 
 import multiprocessing
@@ -51,13 +53,19 @@ class Census(TorchDispatchMode):
         self.inside_backbone = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Inference mode hands over composite operators (linear, matmul) whole; otherwise they have
+        # been taken apart already.
+        with self:
+            taken_apart = func.decompose(*args, **(kwargs or {}))
+        if taken_apart is not NotImplemented:
+            return taken_apart
         name = func.overloadpacket.__name__
         self.operators += 1
         if self.inside_backbone:
             if name in GEMMS:
                 # The last two tensor operands are the product's; an addmm's first is the bias.
                 factors = [a for a in args if isinstance(a, torch.Tensor)][-2:]
-                self.gemm_dtypes[str(factors[-1].dtype).removeprefix("torch.")] += 1
+                self.gemm_dtypes[_name(factors[-1].dtype)] += 1
             if name in ATTENTION:
                 self.attention_ops[ATTENTION[name]] += 1
             elif "flash_attn" in str(func):
@@ -66,7 +74,9 @@ class Census(TorchDispatchMode):
 
 
 class Observer:
-    """Collects the facts, phases and steps of one stage; the harness listens through the two callbacks."""
+    """Collects the facts, phases and steps of one stage; the harness listens through the two
+    callbacks.
+    """
 
     def __init__(
         self,
@@ -89,7 +99,9 @@ class Observer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase in seconds; a phase inside another is subtracted from the outer one, so phases add up."""
+        """Time a phase in seconds; a phase inside another is subtracted from the outer one, so
+        phases add up.
+        """
         self.on_phase(name)
         self._open.append([name, 0.0])
         started = time.perf_counter()
@@ -112,7 +124,9 @@ class Observer:
         optimizer_step: bool = False,
         loss: torch.Tensor | None = None,
     ) -> None:
-        """Report one finished batch. The loss is kept on its device: reading it here would synchronise."""
+        """Report one finished batch. The loss is kept on its device: reading it here would
+        synchronise.
+        """
         self.counts.update(
             micro_batches=1,
             optimizer_steps=int(optimizer_step),
@@ -156,11 +170,16 @@ class Observer:
 
     @contextmanager
     def backbone(self) -> Iterator[None]:
-        """Mark the part of a step whose products and attention the census attributes to the backbone."""
+        """Mark the part of a step whose products and attention the census attributes to the
+        backbone.
+        """
         if self._census is None:
             yield
             return
         self._census.inside_backbone = True
+        kind = torch.device(self.facts.get("device", "cpu")).type
+        on = torch.is_autocast_enabled(kind)
+        self.facts["autocast_dtype"] = _name(torch.get_autocast_dtype(kind)) if on else None
         try:
             yield
         finally:
@@ -180,10 +199,14 @@ class Observer:
         return torch.stack(self.losses).float().tolist() if self.losses else []
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def parameter_dtypes(module: torch.nn.Module) -> dict[str, dict[str, int]]:
     """Number of parameter tensors by dtype, trainable and frozen apart."""
     found: dict[str, Counter[str]] = {"trainable": Counter(), "frozen": Counter()}
     for parameter in module.parameters():
         kind = "trainable" if parameter.requires_grad else "frozen"
-        found[kind][str(parameter.dtype).removeprefix("torch.")] += 1
+        found[kind][_name(parameter.dtype)] += 1
     return {kind: dict(counts) for kind, counts in found.items()}

@@ -1,11 +1,12 @@
-"""Title tokens once per item, then batches of prompts assembled by index: ids, item slots, read-out, lengths.
+"""Title tokens once per item, then batches of prompts assembled by index: ids, item slots, read-
+out, lengths.
 
 Shapes: R prompts of a batch, T tokens of the longest prompt, S item slots of a batch, V items.
 
-A prompt is: instruction, then for each history item its title tokens and one item slot, then the cue; the state of
-the cue's last token is read out. Pieces are tokenised apart, so a title may contain any text. Rows are left-aligned:
-with a causal backbone a real token never sees the padding to its right, so no padding mask is needed and a row's
-result does not depend on its neighbours.
+A prompt is: instruction, then for each history item its title tokens and one item slot, then the
+cue; the state of the cue's last token is read out. Pieces are tokenised apart, so a title may
+contain any text. Rows are left-aligned: with a causal backbone a real token never sees the padding
+to its right, so no padding mask is needed and a row's result does not depend on its neighbours.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class Pieces:
     """The tokenised catalogue: everything a prompt is made of."""
 
     tokens: np.ndarray
-    """All item pieces one after the other, int32: title tokens, then one slot token for each item."""
+    """All item pieces one after the other, int32: title tokens, then one slot token for each item.
+    """
     starts: np.ndarray
     """(V+1,) first token of each item's piece."""
     lengths: np.ndarray
@@ -72,9 +74,10 @@ def prompt_lengths(
 def assemble(pieces: Pieces, queries: Queries, max_history: int, rows: np.ndarray) -> dict:
     """One batch of prompts for the given query rows.
 
-    Returns ids (R, T) int64; slot_positions (S,) flat indices into R·T and slot_items (S,) the items shown there;
-    readout (R,) flat indices; lengths (R,); rows (R,) the query rows; and the counts samples, tokens, padded_tokens.
-    The oldest items beyond `max_history` are dropped; instruction and cue always stay.
+    Returns ids (R, T) int64; slot_positions (S,) flat indices into R·T and slot_items (S,) the
+    items shown there; readout (R,) flat indices; lengths (R,); rows (R,) the query rows; and the
+    counts samples, tokens, padded_tokens. The oldest items beyond `max_history` are dropped;
+    instruction and cue always stay.
     """
     items, kept = queries.newest(rows, max_history)
     shown = items[items > 0]  # row by row, oldest first
@@ -115,7 +118,9 @@ def _ramp(lengths: np.ndarray) -> np.ndarray:
 
 
 class PromptBatches(Dataset):
-    """Batches of prompts: training order (random, length-grouped in chunks) or evaluation order (by length)."""
+    """Batches of prompts: training order (random, length-grouped in chunks) or evaluation order (by
+    length).
+    """
 
     def __init__(
         self,

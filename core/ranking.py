@@ -38,7 +38,9 @@ class Queries:
         return self.items[self.ends].astype(np.int64)
 
     def newest(self, rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """The newest `most` items of some histories: ids (B, L) left-aligned, 0 on the right; lengths (B,)."""
+        """The newest `most` items of some histories: ids (B, L) left-aligned, 0 on the right;
+        lengths (B,).
+        """
         lengths = np.minimum(self.lengths[rows], most)
         columns = np.arange(max(1, lengths.max()))
         real = columns < lengths[:, None]
@@ -68,7 +70,8 @@ Scorer = Callable[[Queries], Iterator[tuple[np.ndarray, Tensor]]]
 def evaluate(
     score: Scorer, prepared: Prepared, split: str, settings: EvalSettings
 ) -> tuple[dict, list[float]]:
-    """Metrics of a split with the chance levels beside them, and the rank (from 0) of each user's target.
+    """Metrics of a split with the chance levels beside them, and the rank (from 0) of each user's
+    target.
 
     The loss is the mean cross-entropy over all items, seen ones included, as in training.
     """

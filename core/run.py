@@ -1,11 +1,13 @@
 """`python -m core.run best.yaml`: the whole pipeline, or named stages of it, unmeasured."""
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +40,8 @@ def main(
         path, names = _sort_words(words or [])
         run(config.load_settings(path, sets or []), names, out)
     except InputError as error:
-        Console(stderr=True, highlight=False).print(str(error), style="red", markup=False)
+        errors = Console(stderr=True, highlight=False)
+        errors.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         console.print("Interrupted. Finished stages are kept; the same command goes on from there.")
@@ -46,7 +49,11 @@ def main(
 
 
 def run(settings: Settings, names: list[str], out: Path) -> Path:
-    """Run stages in order, reusing what is there; returns the run folder. Nothing starts before all input is checked."""
+    """Run stages in order, reusing what is there; returns the run folder. Nothing starts before all
+    input is checked.
+    """
+    # A note on an optional kernel, written while the library is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from core import stages  # torch and transformers load only once the input is known to be good
     from core.artefacts import Store, write_json
     from core.observe import Observer
@@ -74,7 +81,9 @@ def run(settings: Settings, names: list[str], out: Path) -> Path:
         wall_s = time.perf_counter() - started
         found = f"{wall_s:.1f} s" if new else "unchanged, reused"
         console.print(
-            f"[{number}/{len(wanted)}] {stage}: {found}  {_figures(artefact)}", markup=False
+            f"[{number}/{len(wanted)}] {stage}: {found}  {_figures(artefact)}".rstrip(),
+            markup=False,
+            soft_wrap=True,
         )
         made[stage] = {"artefact": str(artefact), "wall_s": wall_s if new else None}
         if stage == "evaluate_all":
@@ -98,7 +107,8 @@ def _sort_words(words: list[str]) -> tuple[Path | None, list[str]]:
             path = Path(word)
         else:
             raise InputError(
-                f"{word}: neither a settings file nor a stage{did_you_mean(word, known)}; stages: {', '.join(known)}"
+                f"{word}: neither a settings file nor a stage{did_you_mean(word, known)}; "
+                f"stages: {', '.join(known)}"
             )
     return path, names
 
@@ -150,14 +160,18 @@ def _show_comparison(artefact: Path, folder: Path) -> None:
         for k in found["student"]
         if k.startswith("recall@") and k.removeprefix("recall@").isdigit()
     )
+    # Narrow enough for 80 columns, which is also the width of a file or a pipe.
     table = Table(
-        title=f"Test, full ranking, {found['student']['users']} users (recall@k = hit_ratio@k: one target each)"
+        title=f"Test, full ranking, {found['student']['users']} users "
+        "(recall@k = hit_ratio@k: one target each)",
+        box=box.SIMPLE_HEAD,
+        padding=0,
     )
     table.add_column("model")
     for k in ks:
-        table.add_column(f"recall@{k}", justify="right")
-        table.add_column(f"ndcg@{k}", justify="right")
-    table.add_column("recall@10 − student [95 %]", justify="right")
+        table.add_column(f"recall\n@{k}", justify="right")
+        table.add_column(f"ndcg\n@{k}", justify="right")
+    table.add_column("recall@10 − student\n[95 %]", justify="right")
     for name, row in found.items():
         cells = [f"{row[f'{metric}@{k}']:.4f}" for k in ks for metric in ("recall", "ndcg")]
         difference = row.get("minus_student@10")

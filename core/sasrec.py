@@ -2,10 +2,10 @@
 
 Shapes: B users, L positions, D width, V items (ids 1..V, row 0 = padding), N supervised positions.
 
-One convention everywhere: rows are left-aligned (padding 0 on the right), so the state of a prefix is the state
-at that position of the full sequence, and the user state is read at the last real position.
-Source: Kang & McAuley, Self-Attentive Sequential Recommendation, ICDM 2018; full-softmax training after
-Klenitskiy & Vasilev, RecSys 2023.
+One convention everywhere: rows are left-aligned (padding 0 on the right), so the state of a prefix
+is the state at that position of the full sequence, and the user state is read at the last real
+position. Source: Kang & McAuley, Self-Attentive Sequential Recommendation, ICDM 2018; full-softmax
+training after Klenitskiy & Vasilev, RecSys 2023.
 """
 
 import torch
@@ -26,7 +26,9 @@ class Dropout(nn.Module):
         self.dropped = round(probability * 256)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zero `dropped`/256 of the elements of `x` (any shape) and rescale the rest; identity in eval mode."""
+        """Zero `dropped`/256 of the elements of `x` (any shape) and rescale the rest; identity in
+        eval mode.
+        """
         if not self.training or self.dropped == 0:
             return x
         # Eight mask bytes from each 64-bit draw: the generator, not the compare, is what costs.
@@ -38,7 +40,9 @@ class Dropout(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: causal self-attention, then a point-wise ReLU feed-forward of equal width."""
+    """Pre-norm transformer block: causal self-attention, then a point-wise ReLU feed-forward of
+    equal width.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -62,7 +66,10 @@ class Block(nn.Module):
             part.transpose(1, 2).reshape(batch * self.heads, length, head) for part in qkv.unbind(2)
         )
         if x_BLD.is_cuda:
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            dropped = self.attention_dropout.dropped / 256 if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, dropout_p=dropped, is_causal=True
+            )
         else:
             # On CPU two batched products and a softmax beat the fused kernel at these widths.
             causal = torch.full((length, length), float("-inf"), dtype=query.dtype).triu_(1)
@@ -109,8 +116,8 @@ class SASRec(nn.Module):
     def forward(self, items_BL: Tensor, item_vectors_VD: Tensor | None = None) -> Tensor:
         """States (B, L, D) for left-aligned id rows (B, L), L ≤ max_length.
 
-        `item_vectors_VD` replaces the input table (distillation adds projected LLM embeddings to it).
-        States at padded positions are finite and meaningless.
+        `item_vectors_VD` replaces the input table (distillation adds projected LLM embeddings to
+        it). States at padded positions are finite and meaningless.
         Raises ValueError when a row is longer than `max_length`.
         """
         length = items_BL.shape[1]
@@ -133,8 +140,9 @@ class SASRec(nn.Module):
 class _SoftmaxLoss(torch.autograd.Function):
     """Mean cross-entropy over all items, both gradients made in the forward pass, chunk by chunk.
 
-    The (N, V) logits never exist as a whole: each chunk of rows is multiplied, normalised, turned into its gradient
-    and used up while it is in cache. Products run in the states' dtype, everything else in fp32.
+    The (N, V) logits never exist as a whole: each chunk of rows is multiplied, normalised, turned
+    into its gradient and used up while it is in cache. Products run in the states' dtype,
+    everything else in fp32.
     """
 
     @staticmethod
@@ -152,7 +160,8 @@ class _SoftmaxLoss(torch.autograd.Function):
                 logits[:, 0] = float("-inf")  # the padding column is no candidate
                 largest = logits.amax(1, keepdim=True)
                 loss -= (logits.gather(1, targets) - largest).sum()
-                # exp runs once over (chunk, V); its row sums divide the small factors, not the big matrix.
+                # exp runs once over (chunk, V); its row sums divide the small factors, not the big
+                # matrix.
                 weights = logits.sub_(largest).exp_()
                 total = weights.sum(1, keepdim=True)
                 loss += total.log().sum()
@@ -174,7 +183,8 @@ def softmax_loss(
 ) -> Tensor:
     """Mean full-softmax cross-entropy of N positions over items 1..V (scalar, fp32).
 
-    Equals `F.cross_entropy(states @ table.T with column 0 = -inf, targets)`; needs (chunk, V) memory.
+    Equals `F.cross_entropy(states @ table.T with column 0 = -inf, targets)`; needs (chunk, V)
+    memory.
     """
     return _SoftmaxLoss.apply(states_ND, table_VD, targets_N, chunk)
 
@@ -184,8 +194,8 @@ def sampled_loss(
 ) -> Tensor:
     """BCE (`beta` = 1) or gBCE with negatives shared by the batch (scalar, mean over positions).
 
-    gBCE (Petrov & Macdonald, RecSys 2023): −[β log σ(s⁺) + Σ_j log(1 − σ(s_j))]. A negative that equals a row's
-    target is left out for that row.
+    gBCE (Petrov & Macdonald, RecSys 2023): −[β log σ(s⁺) + Σ_j log(1 − σ(s_j))]. A negative that
+    equals a row's target is left out for that row.
     """
     positive_N = (states_ND * table_VD[targets_N]).sum(-1).float()
     negative_NM = (states_ND @ table_VD[negatives_M].t()).float()
@@ -195,6 +205,8 @@ def sampled_loss(
 
 
 def gbce_beta(t: float, negatives: int, items: int) -> float:
-    """β = α (t (1 − 1/α) + 1/α), α = negatives / (items − 1): t = 0 gives plain BCE, t = 1 full calibration."""
+    """β = α (t (1 − 1/α) + 1/α), α = negatives / (items − 1): t = 0 gives plain BCE, t = 1 full
+    calibration.
+    """
     alpha = min(negatives / max(items - 1, 1), 1.0)
     return alpha * (t * (1 - 1 / alpha) + 1 / alpha)

@@ -1,7 +1,7 @@
 """Every knob of the pipeline, typed and frozen; no I/O, importable without torch.
 
-Validators only reject combinations, with the reason; no value is derived here, so what a file says is what runs.
-Leaf names follow transformers, peft, Lightning and the users' own notes.
+Validators only reject combinations, with the reason; no value is derived here, so what a file says
+is what runs. Leaf names follow transformers, peft, Lightning and the users' own notes.
 """
 
 from typing import Annotated, Literal
@@ -49,7 +49,9 @@ class DataSettings(Section):
     items_file: str | None = None
     """`csv`/`parquet` only: table of item_id, title. Without it titles are the item ids."""
     limit_data_rows: Annotated[int, Field(ge=-1)] = -1
-    """Interactions kept, -1 = all: whole users are drawn with `data.seed` until this many rows are reached."""
+    """Interactions kept, -1 = all: whole users are drawn with `data.seed` until this many rows are
+    reached.
+    """
     limit_eval_users: Annotated[int, Field(ge=-1)] = -1
     """Users ranked in validation and test, -1 = all; drawn with `data.seed`."""
     min_interactions: Annotated[int, Field(ge=3)] = 3
@@ -59,7 +61,9 @@ class DataSettings(Section):
 
 
 class StudentSettings(Section):
-    """The SASRec model (baseline student, distilled student, frozen encoder of the teacher) and its training."""
+    """The SASRec model (baseline student, distilled student, frozen encoder of the teacher) and its
+    training.
+    """
 
     hidden_size: Positive = 64
     num_blocks: Positive = 2
@@ -106,9 +110,13 @@ class TeacherSettings(Section):
     """Experts K of the gate; each owns lora_r / K rank slices."""
     gate: Literal["mlp", "linear", "resnet"] = "mlp"
     use_item_embeddings_head: bool = True
-    """True: scores are h·P(e_i) with a trainable table started from the student's; False: random linear head."""
+    """True: scores are h·P(e_i) with a trainable table started from the student's; False: random
+    linear head.
+    """
     train_candidates: Positive = 2048
-    """Items in the training softmax (batch targets + uniform negatives); the whole catalogue if it is no larger."""
+    """Items in the training softmax (batch targets + uniform negatives); the whole catalogue if it
+    is no larger.
+    """
     max_history: Positive = 10
     """Items shown in a prompt, newest last; the oldest are dropped."""
     max_title_tokens: Positive = 16
@@ -116,10 +124,13 @@ class TeacherSettings(Section):
     distill_loss_type: Literal["mse", "cosine", "l1", "huber", "contrastive"] = "mse"
     distill_decay_type: Literal["none", "linear", "cosine", "exponential"] = "linear"
     distill_lambda: NonNegative = 0.1
-    """Weight of reverse distillation at the start. The users' guide names no default; 0.1 is their configuration's."""
+    """Weight of reverse distillation at the start. The users' guide names no default; 0.1 is their
+    configuration's.
+    """
     distill_min_lambda: NonNegative = 0.0
     distill_decay_steps: Positive | None = None
-    """Optimizer steps until `distill_min_lambda` is reached, then held; null = all training steps."""
+    """Optimizer steps until `distill_min_lambda` is reached, then held; null = all training steps.
+    """
     outputs_top_k: Positive = 10
     rec_model_checkpoint_path: str | None = None
     """SASRec checkpoint for gate and item tokens; null = the one `student_fit` made."""
@@ -168,7 +179,9 @@ class DistillSettings(Section):
     gamma_confidence: NonNegative = 0.5
     gamma_consistency: NonNegative = 0.1
     ed_weight: NonNegative = 0.2
-    """Weight of the projected LLM item embedding in the student's input; 0 = no embedding distillation."""
+    """Weight of the projected LLM item embedding in the student's input; 0 = no embedding
+    distillation.
+    """
     alpha: NonNegative = 0.0
     """Weight of the distributionally robust (DRO) term; 0 = off."""
     dro_beta: Annotated[float, Field(gt=0)] = 1.0

@@ -1,7 +1,7 @@
 """The ordered stages: what each needs, which settings it may read, and what it does.
 
-A stage is a function of a `Work` order. It reads upstream artefacts by name, writes into its own folder, and reports
-through the observer; `run_stage` finds or makes the artefact.
+A stage is a function of a `Work` order. It reads upstream artefacts by name, writes into its own
+folder, and reports through the observer; `run_stage` finds or makes the artefact.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core import artefacts, data, distill, llm, metrics, outputs, prompts, ranking, student, teacher
+from core import artefacts, data, llm, metrics, outputs, prompts, ranking, student, teacher
 from core.artefacts import Store
 from core.config import InputError
 from core.loop import Fit, fit_loop
@@ -58,6 +58,9 @@ class Stage:
     run: Callable[[Work], None]
     needs: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    """Settings its result depends on: they are part of the artefact's address."""
+    uses: tuple[str, ...] = ()
+    """Settings it may see though its result does not depend on them (proved by test)."""
 
 
 # ---- data and student ----
@@ -126,7 +129,9 @@ def _test_student(work: Work, checkpoint: Path) -> None:
 def load_sasrec(
     checkpoint: Path, prepared: data.Prepared, settings: Any, device: torch.device
 ) -> tuple[SASRec, Tensor | None]:
-    """A student and, for a distilled one whose input vectors differ from its item table, those vectors."""
+    """A student and, for a distilled one whose input vectors differ from its item table, those
+    vectors.
+    """
     model = student.load_student(checkpoint, prepared.num_items, settings.student).to(device)
     path = checkpoint / "input_vectors.npy"
     return model, torch.from_numpy(np.load(path)).to(device) if path.is_file() else None
@@ -236,10 +241,11 @@ def teacher_outputs(work: Work) -> None:
     model, pieces, prepared = _trained_teacher(work)
     settings, observer = work.settings, work.observer
     queries = _training_queries(prepared)
+    kept = min(settings.teacher.outputs_top_k, prepared.num_items)
     writer = outputs.Writer(
         work.folder / "outputs",
         samples=len(queries),
-        top_k=min(settings.teacher.outputs_top_k, prepared.num_items),
+        top_k=kept,
         width=model.backbone.config.hidden_size,
         hashes={"data": prepared.digest, "teacher": work.provenance["teacher_fit"]},
     )
@@ -249,7 +255,7 @@ def teacher_outputs(work: Work) -> None:
         ):
             log_total = scores_BV[:, 1:].logsumexp(1)
             target = scores_BV.gather(1, batch["targets"][:, None])[:, 0] - log_total
-            ids, best = metrics.top_k(scores_BV, writer.top_k)
+            ids, best = metrics.top_k(scores_BV, kept)
             columns = (batch["rows"], ids.int(), best, log_total, target, state_BH)
             writer.write(*(column.cpu().numpy() for column in columns))
             observer.step(batch["samples"])
@@ -261,7 +267,9 @@ def teacher_outputs(work: Work) -> None:
 
 
 def distill_fit(work: Work) -> None:
-    """Train a SASRec on its own loss plus the teacher's ranking, with the teacher's item embeddings inside."""
+    """Train a SASRec on its own loss plus the teacher's ranking, with the teacher's item embeddings
+    inside.
+    """
     settings, prepared = work.settings, work.prepared()
     stored = outputs.Outputs.open(
         work.inputs["teacher_outputs"] / "outputs", {"data": prepared.digest}
@@ -288,7 +296,9 @@ def distill_test(work: Work) -> None:
 
 
 def evaluate_all(work: Work) -> None:
-    """Baseline student, teacher and distilled student side by side, with paired differences over users."""
+    """Baseline student, teacher and distilled student side by side, with paired differences over
+    users.
+    """
     found = {}
     ranks = {}
     names = {"student": "student_test", "teacher": "teacher_test", "distilled": "distill_test"}
@@ -343,7 +353,7 @@ def _test(work: Work, score: ranking.Scorer, prepared: data.Prepared) -> None:
 TEACHER = ("seed", "student", "teacher", "train", "eval")
 PIPELINE: dict[str, Stage] = {
     "prepare_data": Stage(prepare_data, (), ("data",)),
-    "student_fit": Stage(student_fit, ("prepare_data",), ("seed", "student", "eval", *FITS)),
+    "student_fit": Stage(student_fit, ("prepare_data",), ("seed", "student", "eval"), FITS),
     "student_test": Stage(student_test, ("prepare_data", "student_fit"), ("student", "eval")),
     "teacher_fit": Stage(teacher_fit, ("prepare_data", "student_fit"), TEACHER),
     "teacher_test": Stage(teacher_test, ("prepare_data", "student_fit", "teacher_fit"), TEACHER),
@@ -353,7 +363,8 @@ PIPELINE: dict[str, Stage] = {
     "distill_fit": Stage(
         distill_fit,
         ("prepare_data", "teacher_outputs"),
-        ("seed", "student", "distill", "eval", *FITS),
+        ("seed", "student", "distill", "eval"),
+        FITS,
     ),
     "distill_test": Stage(distill_test, ("prepare_data", "distill_fit"), ("student", "eval")),
     "evaluate_all": Stage(
@@ -392,7 +403,7 @@ def plan(settings: Settings) -> dict[str, Planned]:
     for name, stage in PIPELINE.items():
         given = {need: Path(path) for need, path in named.get(name, {}).items() if path}
         upstream = {
-            need: artefacts.digest(artefacts.read_manifest(given[need])["files"])
+            need: artefacts.digest(_given_files(need, given[need]))
             if need in given
             else planned[need].address
             for need in stage.needs
@@ -402,6 +413,14 @@ def plan(settings: Settings) -> dict[str, Planned]:
         where = artefacts.address(name, settings, stage.reads, upstream)
         planned[name] = Planned(name, where, upstream, given)
     return planned
+
+
+def _given_files(stage: str, folder: Path) -> dict[str, str]:
+    """Files and hashes of a folder the settings name in place of a stage."""
+    manifest = artefacts.read_manifest(folder)
+    if manifest["stage"] != stage:
+        raise InputError(f"{folder}: made by {manifest['stage']}; wanted a folder of {stage}")
+    return manifest["files"]
 
 
 def required(stages: Sequence[str], settings: Settings) -> list[str]:
@@ -444,7 +463,7 @@ def run_stage(
     device = choose_device(settings)
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.perf_counter()
     observer.facts.update(device=str(device), image=image())
-    view: SimpleNamespace = artefacts.visible(settings, stage.reads)
+    view: SimpleNamespace = artefacts.visible(settings, (*stage.reads, *stage.uses))
     with store.create(name, this.address) as folder:
         stage.run(Work(view, inputs, folder, device, observer, this.upstream))
         with observer.phase("seal"):
@@ -478,12 +497,12 @@ def choose_device(settings: Settings) -> torch.device:
 def prepare_process(settings: Settings) -> None:
     """Set this process up: CPU threads, and an allocator that keeps freed memory.
 
-    glibc returns large blocks to the kernel at once by default; training asks for the same blocks every step and
-    would pay for fresh pages each time.
+    glibc returns large blocks to the kernel at once by default; training asks for the same blocks
+    every step and would pay for fresh pages each time.
     """
     # Notes of libraries about optional kernels and their own old names; nothing here acts on them.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     if settings.machine.threads:
         torch.set_num_threads(settings.machine.threads)
     try:

@@ -23,14 +23,18 @@ from core.sasrec import SASRec, gbce_beta, sampled_loss, softmax_loss
 from core.settings import DistillSettings, StudentSettings
 
 CHUNK_BATCHES = 12
-"""Batches that are sorted by length together: large enough to save padding, small enough to keep batches random."""
+"""Batches that are sorted by length together: large enough to save padding, small enough to keep
+batches random.
+"""
+REDRAWS = 100
+"""Tries for a negative its user has not watched; who watched nearly everything keeps a watched one."""
 
 
 class SequenceBatches(Dataset):
     """Training batches of one epoch: next-item pairs at every position of each user's newest items.
 
-    Rows are grouped by length inside random chunks and cut by a token budget of `batch_size` average rows, so
-    batches cost alike whatever their lengths; then the batch order is shuffled.
+    Rows are grouped by length inside random chunks and cut by a token budget of `batch_size`
+    average rows, so batches cost alike whatever their lengths; then the batch order is shuffled.
     """
 
     def __init__(self, prepared: Prepared, settings: StudentSettings, seed: int):
@@ -122,7 +126,9 @@ def scorer(
     input_VD: Tensor | None = None,
     table_VD: Tensor | None = None,
 ) -> Scorer:
-    """Full-catalogue scores after each history, (B, V+1) in fp32, no gradients; the tables default to the model's."""
+    """Full-catalogue scores after each history, (B, V+1) in fp32, no gradients; the tables default
+    to the model's.
+    """
 
     @torch.inference_mode()
     def score(queries: Queries) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -140,10 +146,12 @@ def scorer(
 
 
 class Distilled(nn.Module):
-    """A student that learns from stored teacher outputs: SASRec, and the teacher's item embeddings in its input.
+    """A student that learns from stored teacher outputs: SASRec, and the teacher's item embeddings
+    in its input.
 
-    In mode `paper` the mixed vector is the item's embedding everywhere; `reference` leaves the output table alone.
-    Once trained, the vectors are folded into tables: the saved student needs no teacher.
+    In mode `paper` the mixed vector is the item's embedding everywhere; `reference` leaves the
+    output table alone. Once trained, the vectors are folded into tables: the saved student needs no
+    teacher.
     """
 
     def __init__(
@@ -156,6 +164,7 @@ class Distilled(nn.Module):
         super().__init__()
         self.model = SASRec(prepared.num_items, settings)
         self.settings, self.distillation, self.stored = settings, distillation, stored
+        self.watched = _watched_keys(prepared)
         self.mixed = None
         if distillation.ed_weight:
             teacher_V1H = _standardised(torch.from_numpy(np.array(stored.item_embeddings)).float())
@@ -189,17 +198,29 @@ class Distilled(nn.Module):
         device, targets_N = states_ND.device, batch["targets"]
         ids_NK = torch.from_numpy(rows["top_ids"].astype(np.int64)).to(device)
         distance_NK = rows["log_sum_exp"][:, None] - rows["scores"]  # −log p of each candidate
-        negatives = torch.randint(1, len(table_VD), (len(targets_N), 1), device=device)
+        negatives = self._negatives(batch).to(device)
         teacher_batch = distill.TeacherBatch(
             teacher_ids_BK=ids_NK,
             target_log_prob_B=torch.from_numpy(rows["target_log_prob"]).to(device),
             targets_B=targets_N,
-            negatives_BN=negatives,
+            negatives_BN=negatives[:, None],
             candidate_distance_BK=torch.from_numpy(distance_NK).to(device),
             propensity_V1=self.propensity if self.distillation.alpha else None,
         )
         scores_NV = states_ND @ table_VD.t().to(states_ND.dtype)
         return distill.distillation_loss(scores_NV, teacher_batch, self.distillation, own)
+
+    def _negatives(self, batch: dict) -> Tensor:
+        """One item for each real position that its user does not watch in the train part, (N,)."""
+        items = len(self.model.item_table.weight)
+        users_N = batch["users"].cpu()[batch["positions"].cpu() // batch["items"].shape[1]]
+        drawn_N = torch.randint(1, items, users_N.shape)
+        for _ in range(REDRAWS):
+            seen_N = torch.from_numpy(_is_in(self.watched, (users_N * items + drawn_N).numpy()))
+            if not seen_N.any():
+                break
+            drawn_N[seen_N] = torch.randint(1, items, (int(seen_N.sum()),))
+        return drawn_N
 
     def scorer(self, batch_size: int) -> Scorer:
         """Scores with the vectors as they are when scoring begins."""
@@ -212,13 +233,28 @@ class Distilled(nn.Module):
         return score
 
     def save(self, folder: Path) -> None:
-        """Write a plain student; `input_vectors.npy` beside it where input and output tables differ."""
+        """Write a plain student; `input_vectors.npy` beside it where input and output tables
+        differ.
+        """
         with torch.no_grad():
             input_VD, table_VD = self.vectors()
         state = self.model.state_dict() | {"item_table.weight": table_VD}
         write_student(state, folder)
         if input_VD is not table_VD:
             np.save(folder / "input_vectors.npy", input_VD.cpu().numpy())
+
+
+def _watched_keys(prepared: Prepared) -> np.ndarray:
+    """user · (V+1) + item of every interaction of the train part, sorted."""
+    users = np.repeat(np.arange(prepared.num_users), np.diff(prepared.offsets))
+    keys = users * (prepared.num_items + 1) + prepared.items
+    held_out = np.concatenate([prepared.offsets[1:] - 2, prepared.offsets[1:] - 1])
+    return np.unique(np.delete(keys, held_out))
+
+
+def _is_in(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    where = np.searchsorted(sorted_keys, keys)
+    return sorted_keys[np.minimum(where, len(sorted_keys) - 1)] == keys
 
 
 def _standardised(vectors_V1H: Tensor) -> Tensor:
@@ -240,7 +276,9 @@ def write_student(state: dict[str, Tensor], folder: Path) -> None:
 
 
 def load_student(folder: Path, items: int, settings: StudentSettings) -> SASRec:
-    """Read a student back on the CPU. Raises InputError when keys or shapes are not exactly this model's."""
+    """Read a student back on the CPU. Raises InputError when keys or shapes are not exactly this
+    model's.
+    """
     model = SASRec(items, settings)
     path = folder / "model.safetensors"
     if not path.is_file():

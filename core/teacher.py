@@ -1,6 +1,8 @@
-"""The iLoRA teacher: prompts with projected item embeddings -> gated frozen backbone -> item head; its training.
+"""The iLoRA teacher: prompts with projected item embeddings -> gated frozen backbone -> item head;
+its training.
 
-Shapes: B users, T prompt tokens, H backbone width, D SASRec width, V items, C candidates of the training softmax.
+Shapes: B users, T prompt tokens, H backbone width, D SASRec width, V items, C candidates of the
+training softmax.
 """
 
 import json
@@ -73,8 +75,16 @@ class Teacher(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def read_out(self, batch: dict, observer: Observer | None = None) -> Tensor:
-        """State of each prompt's last token, (B, H). The gate factors stay bound through a checkpointed backward."""
+        """State of each prompt's last token, (B, H). The gate factors stay bound through a
+        checkpointed backward.
+        """
         width = batch["ids"].shape[1]
+        most = self.backbone.config.max_position_embeddings
+        if width > most:
+            raise InputError(
+                f"teacher.max_history: a prompt of {width} tokens; this backbone takes at most {most}: "
+                "lower teacher.max_history or teacher.max_title_tokens"
+            )
         self.gate.calls = self._first_layer_calls = 0
         gate_BK = ilora.gate_weights(self.router, batch["states"])
         factors = ilora.token_factors(gate_BK, batch["lengths"], width, self.rank)
@@ -132,7 +142,8 @@ class Teacher(nn.Module):
         self._first_layer_calls += 1
 
     def call_counts(self) -> dict[str, dict[str, int]]:
-        """Calls since the last `read_out` began: gated layers and the first layer's inside, also after backward.
+        """Calls since the last `read_out` began: gated layers and the first layer's inside, also
+        after backward.
 
         A layer that is recomputed in backward runs its inside once more.
         """
@@ -152,13 +163,15 @@ class Teacher(nn.Module):
 def encoder_states(encoder: SASRec, queries: Queries, batch_size: int = 256) -> Tensor:
     """SASRec state of every query's history, (Q, D) fp32 on the CPU; once for each split.
 
-    Left-aligned rows give a prefix the state of that position in the longer row, so one row serves all prefixes of a
-    user that fit the window; only longer histories, whose window has moved on, get a row of their own.
+    Left-aligned rows give a prefix the state of that position in the longer row, so one row serves
+    all prefixes of a user that fit the window; only longer histories, whose window has moved on,
+    get a row of their own.
     """
     device, most = encoder.item_table.weight.device, encoder.max_length
     states = torch.empty(len(queries), encoder.item_table.weight.shape[1])
     position = np.minimum(queries.lengths, most) - 1
-    # The longest row with the same first item serves the others; beyond the window the first item differs for each.
+    # The longest row with the same first item serves the others; beyond the window the first item
+    # differs for each.
     first = np.maximum(queries.ends - most, queries.starts)
     order = np.lexsort((queries.lengths, first))
     longest = np.append(first[order][1:] != first[order][:-1], True)
@@ -199,8 +212,8 @@ def training_loss(
 ) -> Tensor:
     """Softmax over the candidates plus weighted reverse distillation (scalar, fp32).
 
-    Candidates: the whole catalogue if it has at most `train_candidates` items, else the batch's targets and uniform
-    negatives, duplicates removed.
+    Candidates: the whole catalogue if it has at most `train_candidates` items, else the batch's
+    targets and uniform negatives, duplicates removed.
     """
     state_BH = teacher.read_out(batch, observer)
     targets_B = batch["targets"]
@@ -233,7 +246,9 @@ def reverse_weight(settings: Settings, optimizer_steps: int, total_steps: int) -
 
 
 def scorer(teacher: Teacher, pieces: Pieces, settings: Settings, observer: Observer) -> Scorer:
-    """Full-catalogue scores after each history, (B, V+1) fp32, in batches of `inference_batch_size`."""
+    """Full-catalogue scores after each history, (B, V+1) fp32, in batches of
+    `inference_batch_size`.
+    """
 
     def score(queries: Queries) -> Iterator[tuple[np.ndarray, Tensor]]:
         for batch, _, scores_BV in infer(teacher, pieces, queries, settings, observer):
@@ -251,7 +266,9 @@ def infer(
     observer: Observer,
     rows: np.ndarray | None = None,
 ) -> Iterator[tuple[dict, Tensor, Tensor]]:
-    """Run the queries (or some of their rows): batches with read-out states (B, H) and scores (B, V+1), fp32."""
+    """Run the queries (or some of their rows): batches with read-out states (B, H) and scores (B,
+    V+1), fp32.
+    """
     teacher.eval()
     device = teacher.projector[0].weight.device
     batches = GatedPrompts(
@@ -281,7 +298,9 @@ def infer(
 
 @torch.inference_mode()
 def item_embeddings(teacher: Teacher, pieces: Pieces, batch_size: int = 256) -> np.ndarray:
-    """The backbone's own view of each title, without adapters: mean last state over its tokens, (V+1, H) fp32."""
+    """The backbone's own view of each title, without adapters: mean last state over its tokens,
+    (V+1, H) fp32.
+    """
     teacher.eval()
     embed = teacher.backbone.get_input_embeddings()
     device = embed.weight.device
@@ -324,9 +343,11 @@ def describe(teacher: Teacher, observer: Observer) -> None:
 
 
 def save_teacher(teacher: Teacher, folder: Path) -> None:
-    """Write what was trained (adapters, router with buffers, projector, item head) and the base's fingerprint."""
+    """Write what was trained (adapters, router with buffers, projector, item head) and the base's
+    fingerprint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    adapters = get_peft_model_state_dict(teacher.backbone)
+    adapters = _adapter_state(teacher)
     save_file(
         {k: v.contiguous().cpu() for k, v in adapters.items()}, folder / "adapter_model.safetensors"
     )
@@ -349,12 +370,17 @@ def load_teacher(teacher: Teacher, folder: Path) -> None:
         )
     adapters = load_file(folder / "adapter_model.safetensors")
     rest = load_file(folder / "teacher.safetensors")
-    _exact(
-        folder / "adapter_model.safetensors", adapters, get_peft_model_state_dict(teacher.backbone)
-    )
+    _exact(folder / "adapter_model.safetensors", adapters, _adapter_state(teacher))
     _exact(folder / "teacher.safetensors", rest, _own_state(teacher))
     set_peft_model_state_dict(teacher.backbone, adapters)
     teacher.load_state_dict(rest, strict=False)  # the keys were compared above
+
+
+def _adapter_state(teacher: Teacher) -> dict[str, Tensor]:
+    """The adapters alone. The default, "auto", would ask the hub at every save whether the
+    vocabulary grew.
+    """
+    return get_peft_model_state_dict(teacher.backbone, save_embedding_layers=False)
 
 
 def _own_state(teacher: Teacher) -> dict[str, Tensor]:

@@ -232,6 +232,23 @@ def test_twice_the_same_stage_is_bad_output_and_kept_once(job: Job) -> None:
     assert [line["stage"] for line in deaths.sound_lines(job, events)] == list(STAGES)
 
 
+@pytest.mark.parametrize(
+    ("status", "reason", "expected"),
+    [
+        ("error", "RuntimeError: CUDA driver error: operation not supported", "driver"),
+        (None, "RuntimeError: CUDA driver error: operation not supported", "driver"),
+        (None, "ValueError: x", "error"),
+        ("bad_output", "loss is nan; CUDA out of memory", "bad_output"),
+        ("nonsense", "x", "error"),
+    ],
+)
+def test_the_workers_word_decides_unless_it_says_only_error(
+    job: Job, status: str | None, reason: str, expected: str
+) -> None:
+    events = Events(failure={"stage": "teacher_fit", "status": status, "reason": reason})
+    assert deaths.name_death(job, events, 1, False, False, [])[0] == expected
+
+
 def test_garbage_in_the_records_is_bad_output(job: Job) -> None:
     job.records.write_text('{"kind": "start"}\nnonsense\n{"kind": "end"}\n')
     events = Events()

@@ -58,6 +58,7 @@ CASES = [
     ("teacher.adapter", "lora", ADAPTER, ADAPTER | {"gate_calls": 3}),
     ("teacher.adapter", "qlora", QLORA, ADAPTER),
     ("teacher.adapter", "qlora", QLORA, QLORA | {"layers_4bit": 3}),
+    ("teacher.adapter", "qlora", QLORA, QLORA | {"adapted_4bit": 3}),
     ("teacher.adapter", "qlora", QLORA, QLORA | {"layers_adapted": 0, "gate_calls": 0}),
     ("teacher.attn", "eager", EAGER, SDPA),
     ("teacher.attn", "sdpa", SDPA, EAGER),
@@ -129,9 +130,18 @@ def test_every_proof_is_broken_by_a_case_and_silence_is_unknown(setting):
         assert PROOFS[setting].check(value, empty, {}).holds is None
 
 
-def test_mixed_precision_needs_the_autocast_fact():
-    unseen = {name: value for name, value in BF16_MIXED.items() if name != "autocast_dtype"}
-    assert PROOFS["train.precision"].check("bf16-mixed", unseen, {}).holds is None
+def test_autocast_is_inferred_from_float32_adapters_and_else_unknown():
+    def prove(value, **change):
+        facts = {k: v for k, v in BF16_MIXED.items() if k != "autocast_dtype"} | change
+        return PROOFS["train.precision"].check(value, facts, {}).holds
+
+    trained_low = {"trainable": {"bfloat16": 8, "float32": 4}, "frozen": {"bfloat16": 30}}
+    assert prove("bf16-mixed") is True
+    assert prove("bf16-true") is False
+    assert prove("bf16-mixed", param_dtypes=trained_low) is False
+    assert prove("bf16-true", param_dtypes=trained_low) is True
+    assert prove("bf16-mixed", param_dtypes={}) is None
+    assert prove("bf16-true", param_dtypes={}) is None
 
 
 @given(
@@ -177,10 +187,10 @@ def test_one_contradicting_repeat_decides_and_silent_repeats_do_not():
 
 
 def test_a_setting_is_proven_only_where_it_acts_and_an_unknown_one_everywhere():
-    records = [record("teacher_fit", loader_workers=1), record("teacher_outputs", loader_workers=0)]
-    rows = check({"train.num_workers": 1, "data.seed": 3}, records)
+    records = [record("teacher_fit", trainer="loop"), record("teacher_outputs")]
+    rows = check({"train.trainer": "loop", "data.seed": 3}, records)
     assert [(row.setting, row.stage, row.holds) for row in rows] == [
-        ("train.num_workers", "teacher_fit", True),
+        ("train.trainer", "teacher_fit", True),
         ("data.seed", "teacher_fit", None),
         ("data.seed", "teacher_outputs", None),
     ]

@@ -1,0 +1,165 @@
+"""The same `Fit` under pytorch_lightning (`train.trainer: lightning`).
+
+Lightning does the backward, the accumulation, the clipping, the scaling of fp16-mixed and the
+scheduler; autocast, batches, validation and checkpoints are those of `core.loop`, so both trainers
+give the same losses to the bit.
+"""
+
+import logging
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from core.loop import BestSoFar, Fit, autocast, delivered, end_epoch, loader, mean_loss
+from core.observe import Observer
+
+
+def fit_lightning(fit: Fit, observer: Observer) -> None:
+    """Train `fit.model` under Lightning; `fit.save` holds "best" and "last" afterwards.
+
+    Raises NonFiniteLoss.
+    """
+    observer.facts.update(trainer="lightning")
+    with observer.phase("train_steps"):
+        shell = Shell(fit, observer)
+        trainer = _trainer(fit)
+        with shell.observed, _Interruptible(), warnings.catch_warnings():
+            # Lightning's own use of a name torch has renamed, once for each batch.
+            warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+            trainer.fit(shell)
+    with observer.phase("checkpoint"):
+        fit.save("last")
+
+
+class Shell(pl.LightningModule):
+    """Hands Lightning the parts of a `Fit`, and reports each finished micro-batch."""
+
+    def __init__(self, fit: Fit, observer: Observer):
+        super().__init__()
+        self.model = fit.model
+        self.fit, self.observer = fit, observer
+        self.best = BestSoFar(fit)
+        self.observed = ExitStack()
+        """Open from the first forward to the end of its backward, outside `training_step`."""
+
+    def configure_optimizers(self):
+        if self.fit.scheduler is None:
+            return self.fit.optimizer
+        scheduler = {"scheduler": self.fit.scheduler, "interval": "step"}
+        return {"optimizer": self.fit.optimizer, "lr_scheduler": scheduler}
+
+    def train_dataloader(self) -> "Batches":
+        """Batches of the coming epoch; Lightning asks again for each."""
+        # Lightning leaves the modes of sub-modules alone, and validation leaves them in eval mode.
+        self.model.train()
+        self.first_step = len(self.observer.losses)
+        source = loader(self.fit.batches(self.current_epoch), self.fit.num_workers, self.fit.device)
+        if not len(source):
+            mean_loss(
+                [], self.first_step
+            )  # raises, where Lightning would do nothing and be content
+        self.batches = Batches(source, self.observer, self.fit.device)
+        return self.batches
+
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int):
+        return batch  # `Batches` has moved it
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        if batch_idx == 0:
+            self.observer.loader_processes()
+        self.optimizer_steps = self.trainer.global_step
+        self.fit.before_step(self.optimizer_steps)
+        self.observed.enter_context(self.observer.first_step())
+        # Inside Lightning's own region of fp16-mixed too: that one casts weights anew at each use.
+        with autocast(self.fit.precision, self.fit.device):
+            self.loss = self.fit.loss(batch)
+        return self.loss
+
+    def on_after_backward(self) -> None:
+        self.observed.close()
+
+    def on_train_batch_end(self, outputs, batch: dict, batch_idx: int) -> None:
+        self.observer.step(
+            batch["samples"],
+            batch["tokens"],
+            batch["padded_tokens"],
+            optimizer_step=self.trainer.global_step > self.optimizer_steps,
+            loss=self.loss,
+        )
+
+    def on_train_epoch_end(self) -> None:
+        self.batches.close()
+        if end_epoch(self.fit, self.current_epoch, self.first_step, self.best, self.observer):
+            self.trainer.should_stop = True
+
+    def cpu(self) -> "Shell":
+        """Stay on the device: Lightning ends every fit by moving the module to the CPU."""
+        return self
+
+
+class Batches:
+    """A loader's batches on the device, their wait measured; begun when the first is asked for.
+
+    Lightning makes iterators it throws away, and a `DataLoader` starts its workers and draws a
+    random number for each.
+    """
+
+    def __init__(self, source: DataLoader, observer: Observer, device: torch.device):
+        self.source, self.observer, self.device = source, observer, device
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[dict]:
+        self.running = delivered(self.source, self.observer, self.device)
+        return self.running
+
+    def close(self) -> None:
+        """End the workers: Lightning stops at the last batch and never meets the iterator's end."""
+        self.running.close()
+
+
+def _trainer(fit: Fit) -> pl.Trainer:
+    """A silent trainer on one device that writes nothing and validates nothing by itself."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    plugins = []
+    if fit.precision == "fp16-mixed":
+        plugins.append(MixedPrecision("16-mixed", fit.device.type))
+        # A fused optimizer can unscale inside its step, but clipping comes before: Lightning
+        # refuses the pair. This asks it to unscale first, as the loop does.
+        fit.optimizer._step_supports_amp_scaling = False
+    return pl.Trainer(
+        accelerator=fit.device.type,
+        devices=1 if fit.device.index is None else [fit.device.index],
+        plugins=plugins,
+        max_epochs=fit.max_epochs,
+        accumulate_grad_batches=fit.accumulate_grad_batches,
+        gradient_clip_val=fit.gradient_clip_val,
+        reload_dataloaders_every_n_epochs=1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+class _Interruptible:
+    """Undo what Lightning makes of Ctrl-C: SystemExit(1), and SIGINT ignored from then on."""
+
+    def __enter__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGINT)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, self.handler)
+            raise KeyboardInterrupt from None

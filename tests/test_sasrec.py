@@ -1,0 +1,263 @@
+"""SASRec: causality and padding, the losses against their formulas, dropout from bytes."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import close
+
+from core.sasrec import Dropout, SASRec, gbce_beta, sampled_loss, softmax_loss
+from core.settings import StudentSettings
+
+ITEMS = 30
+
+
+def model(max_length: int = 8, **given) -> SASRec:
+    torch.manual_seed(0)
+    plain = {"hidden_size": 16, "num_blocks": 2, "max_length": max_length}
+    found = SASRec(ITEMS, StudentSettings(**plain | given)).eval()
+    with torch.no_grad():  # biases and norms away from their neutral start
+        for parameter in found.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        found.item_table.weight[0] = 0
+    return found
+
+
+def rows(count: int, length: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(1)
+    return torch.randint(1, ITEMS + 1, (count, length), generator=random)
+
+
+# ---- shape of time ----
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("changed", range(8))
+def test_a_changed_item_leaves_earlier_states(changed, heads):
+    sasrec, items = model(num_heads=heads), rows(3, 8)
+    before = sasrec(items)
+    other = items.clone()
+    other[:, changed] = other[:, changed] % ITEMS + 1
+    after = sasrec(other)
+    assert torch.equal(after[:, :changed], before[:, :changed])
+    for position in range(changed, 8):  # and every later state does see it
+        assert not torch.allclose(after[:, position], before[:, position])
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8])
+def test_the_state_of_a_prefix_is_that_position_of_the_whole_row(length):
+    sasrec, items = model(), rows(4, 8)
+    whole = sasrec(items)
+    prefix = items[:, :length]
+    padded = F.pad(prefix, (0, 8 - length))
+    lengths = torch.full((4,), length)
+    assert close(sasrec.last_state(prefix, lengths), whole[:, length - 1])
+    assert close(sasrec.last_state(padded, lengths), whole[:, length - 1])
+
+
+def test_rows_of_different_length_in_one_batch_equal_one_by_one():
+    sasrec = model()
+    lengths = torch.tensor([1, 2, 8, 5])
+    items = rows(4, 8) * (torch.arange(8) < lengths[:, None])
+    together = sasrec.last_state(items, lengths)
+    for row, length in enumerate(lengths):
+        alone = sasrec.last_state(items[row : row + 1, :length], length[None])
+        assert close(together[row : row + 1], alone)
+
+
+def test_an_all_padding_row_is_finite_and_touches_no_other():
+    sasrec, items = model(), rows(2, 8)
+    states = sasrec(torch.cat([items, torch.zeros_like(items)]))
+    assert states.isfinite().all()
+    assert close(states[:2], sasrec(items))
+
+
+def test_a_row_longer_than_the_window_is_refused():
+    with pytest.raises(ValueError, match="rows of 9 items; at most max_length = 8"):
+        model()(rows(1, 9))
+
+
+def test_attention_weights_are_scaled_by_the_head_width():
+    sasrec = model(num_heads=2)
+    block, x = sasrec.blocks[0], torch.randn(2, 5, 16)
+    query, key, value = block.in_proj(x).split(16, -1)
+    mixed = []
+    for head in (slice(0, 8), slice(8, 16)):
+        scores = query[..., head] @ key[..., head].transpose(1, 2) / math.sqrt(8)
+        scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+        mixed.append(scores.softmax(-1) @ value[..., head])
+    assert close(block.attention(x), block.out_proj(torch.cat(mixed, -1)))
+
+
+def test_padding_stays_zero_in_the_table_and_gets_no_gradient():
+    sasrec = model().train()
+    items = rows(3, 8)
+    items[:, 5:] = 0
+    sasrec(items).sum().backward()
+    assert not sasrec.item_table.weight[0].any()
+    assert not sasrec.item_table.weight.grad[0].any()
+    assert sasrec.item_table.weight.grad[items[0, 0]].any()
+
+
+def test_given_item_vectors_replace_the_input_table():
+    sasrec, items = model(), rows(2, 4)
+    assert torch.equal(sasrec(items, sasrec.item_vectors()), sasrec(items))
+    assert not torch.allclose(sasrec(items, 2 * sasrec.item_vectors()), sasrec(items))
+
+
+# ---- full softmax ----
+
+
+def inputs(count: int = 11, width: int = 16):
+    random = torch.Generator().manual_seed(2)
+    states = torch.randn(count, width, generator=random, requires_grad=True)
+    table = torch.randn(ITEMS + 1, width, generator=random, requires_grad=True)
+    targets = torch.randint(1, ITEMS + 1, (count,), generator=random)
+    targets[:2] = torch.tensor([1, ITEMS])  # both ends of the id space
+    return states, table, targets
+
+
+def plain_cross_entropy(states, table, targets):
+    padding = torch.zeros(ITEMS + 1)
+    padding[0] = float("-inf")
+    return F.cross_entropy(states @ table.t() + padding, targets)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 512])
+def test_softmax_loss_is_cross_entropy_with_both_gradients(chunk):
+    states, table, targets = inputs()
+    wanted = plain_cross_entropy(states, table, targets)
+    wanted_gradients = torch.autograd.grad(3 * wanted, (states, table))
+    found = softmax_loss(states, table, targets, chunk)
+    gradients = torch.autograd.grad(3 * found, (states, table))
+    assert close(found, wanted, 1e-6)
+    for gradient, wanted_gradient in zip(gradients, wanted_gradients, strict=True):
+        assert close(gradient, wanted_gradient)
+    assert not gradients[1][0].any()  # padding is no candidate
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+def test_softmax_loss_at_small_and_huge_scores(scale):
+    states, table, targets = inputs()
+    wanted = plain_cross_entropy(scale * states, table, targets)
+    found = softmax_loss(scale * states, table, targets, 4)
+    assert found.isfinite()
+    assert close(found, wanted)
+    for a, b in zip(
+        torch.autograd.grad(found, (states, table)),
+        torch.autograd.grad(wanted, (states, table)),
+        strict=True,
+    ):
+        assert close(a, b, 1e-4)
+
+
+def test_softmax_loss_of_bf16_states_keeps_an_fp32_sum():
+    states, table, targets = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = states.bfloat16()
+        found = softmax_loss(low, table, targets, 4)
+    assert found.dtype == torch.float32
+    assert close(found, plain_cross_entropy(states, table, targets), 2e-2)
+    a = torch.autograd.grad(found, (states, table))
+    b = torch.autograd.grad(plain_cross_entropy(states, table, targets), (states, table))
+    assert a[1].dtype == torch.float32
+    for x, y in zip(a, b, strict=True):
+        assert close(x, y, 3e-2)
+
+
+# ---- sampled losses ----
+
+
+def plain_sampled(states, table, targets, negatives, beta):
+    """The formula, one position and one negative at a time."""
+    total = 0.0
+    for row, target in enumerate(targets):
+        positive = torch.sigmoid(states[row] @ table[target])
+        total = total - beta * positive.log()
+        for negative in negatives:
+            if negative != target:
+                total = total - (1 - torch.sigmoid(states[row] @ table[negative])).log()
+    return total / len(targets)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_sampled_loss_is_its_formula_and_skips_a_rows_own_target(beta):
+    states, table, targets = inputs()
+    states, table = (x.detach().mul(0.3).requires_grad_() for x in (states, table))
+    negatives = torch.tensor([3, 7, 7, int(targets[4]), 1, ITEMS])
+    wanted = plain_sampled(states, table, targets, negatives, beta)
+    found = sampled_loss(states, table, targets, negatives, beta)
+    assert close(found, wanted)
+    for a, b in zip(
+        torch.autograd.grad(found, (states, table)),
+        torch.autograd.grad(wanted, (states, table)),
+        strict=True,
+    ):
+        assert close(a, b, 1e-4)
+
+
+def test_sampled_loss_survives_scores_whose_probability_rounds_to_one():
+    states, table = torch.full((1, 1), 50.0), torch.tensor([[0.0], [-1.0], [1.0]])
+    loss = sampled_loss(states, table, torch.tensor([1]), torch.tensor([2]), 1.0)
+    assert close(loss, 100.0)
+
+
+def test_gbce_beta_at_its_ends():
+    for negatives, items in itertools.product((1, 16, 256), (300, 4000)):
+        alpha = negatives / (items - 1)
+        assert gbce_beta(0.0, negatives, items) == pytest.approx(1.0)
+        assert gbce_beta(1.0, negatives, items) == pytest.approx(alpha)
+        middle = gbce_beta(0.75, negatives, items)
+        assert alpha < middle < 1
+    assert gbce_beta(0.75, 5000, 10) == pytest.approx(1.0)  # more negatives than items: plain BCE
+
+
+# ---- dropout ----
+
+
+@pytest.mark.parametrize("shape", [(400, 501), (3,), (1000, 7, 31)])
+def test_dropout_drops_its_rate_and_keeps_the_mean(shape):
+    torch.manual_seed(0)
+    dropout = Dropout(0.25).train()
+    x = torch.ones(shape)
+    found = dropout(x)
+    assert found.shape == x.shape
+    assert torch.allclose(found[found != 0], torch.tensor(1 / 0.75))
+    error = 4 * math.sqrt(0.25 * 0.75 / x.numel())
+    assert (found == 0).float().mean().item() == pytest.approx(0.25, abs=error)
+    assert found.mean().item() == pytest.approx(1.0, abs=error / 0.75)
+
+
+def test_dropout_masks_differ_between_calls_and_repeat_with_the_seed():
+    dropout, x = Dropout(0.5).train(), torch.ones(999)
+    torch.manual_seed(0)
+    first, second = dropout(x), dropout(x)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), first)
+    assert not torch.equal(first, second)
+    # Neighbours come from the bytes of one draw and must not go together.
+    both = ((first[:-1] == 0) & (first[1:] == 0)).float().mean().item()
+    assert both == pytest.approx(0.25, abs=0.06)
+
+
+def test_dropout_gradient_passes_where_the_value_did():
+    torch.manual_seed(0)
+    x = torch.randn(64, 64, requires_grad=True)
+    found = Dropout(0.5).train()(x)
+    found.sum().backward()
+    assert torch.equal(x.grad != 0, found != 0)
+
+
+def test_dropout_is_the_identity_when_it_has_nothing_to_do():
+    x = torch.randn(5)
+    assert Dropout(0.5).eval()(x) is x
+    assert Dropout(0.0).train()(x) is x
+
+
+def test_training_mode_is_random_and_evaluation_is_not():
+    sasrec, items = model(dropout=0.5), rows(2, 8)
+    assert torch.equal(sasrec(items), sasrec(items))
+    sasrec.train()
+    assert not torch.equal(sasrec(items), sasrec(items))
