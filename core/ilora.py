@@ -118,8 +118,9 @@ class RankGate:
             )
         if self.factor_MR.numel() != output.numel():
             raise RuntimeError(
-                f"iLoRA: factors for {tuple(self.factor_MR.shape)}, activations {tuple(output.shape)}: "
-                "expanded batches (beams) must repeat their factors"
+                f"iLoRA: factors for {tuple(self.factor_MR.shape)}, "
+                f"activations {tuple(output.shape)}: expanded batches (beams) must repeat "
+                "their factors"
             )
         self.calls += 1
         # Some backbones flatten (B, T, d) to (B·T, d) before a layer; both have a row for each

@@ -33,6 +33,8 @@ def fit_lightning(fit: Fit, observer: Observer) -> None:
         with shell.observed, _Interruptible(), warnings.catch_warnings():
             # Lightning's own use of a name torch has renamed, once for each batch.
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+            # In fp16-mixed the first steps are left out until the scale fits; that is no mistake.
+            warnings.filterwarnings("ignore", message=".*before `optimizer.step.*")
             trainer.fit(shell)
     with observer.phase("checkpoint"):
         fit.save("last")
@@ -77,7 +79,7 @@ class Shell(pl.LightningModule):
         self.optimizer_steps = self.trainer.global_step
         self.fit.before_step(self.optimizer_steps)
         self.observed.enter_context(self.observer.first_step())
-        # Inside Lightning's own region of fp16-mixed too: that one casts weights anew at each use.
+        # Inside Lightning's own region of fp16-mixed too: that one casts a weight anew at each use.
         with autocast(self.fit.precision, self.fit.device):
             self.loss = self.fit.loss(batch)
         return self.loss

@@ -124,7 +124,7 @@ def preset_config(name: str) -> PretrainedConfig:
 
 def four_bit_layers(model: nn.Module) -> int:
     """Linear layers whose weights are really held in 4 bit."""
-    # peft's wrapper bears the same class name and shows its base layer's weight: not a layer of its own.
+    # peft's wrapper bears the same class name and shows its base layer's weight: not a layer.
     return sum(
         type(module).__name__ == "Linear4bit"
         and "weight" in module._parameters
@@ -224,6 +224,7 @@ def _hub(load, name: str, **options):
         if not isinstance(error, OSError):
             raise
         raise InputError(
-            f"teacher.llm_model_name: '{name}' is no preset, no local folder, and could not be had from the hub"
-            f"{did_you_mean(name, PRESETS)}; presets: {', '.join(PRESETS)}. ({str(error).splitlines()[0]})"
+            f"teacher.llm_model_name: '{name}' is no preset, no local folder, and could not be had "
+            f"from the hub{did_you_mean(name, PRESETS)}; presets: {', '.join(PRESETS)}. "
+            f"({str(error).splitlines()[0]})"
         ) from error

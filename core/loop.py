@@ -61,7 +61,8 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     if precision not in ("bf16-mixed", "fp16-mixed"):
         return contextlib.nullcontext()
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
-    return torch.autocast(device.type, dtype=dtype)
+    # The default is what an outer region has set, and Lightning's for fp16-mixed has no cache.
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=True)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

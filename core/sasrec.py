@@ -58,7 +58,7 @@ class Block(nn.Module):
         self.hidden_dropout = Dropout(dropout)
 
     def attention(self, x_BLD: Tensor) -> Tensor:
-        """Causal attention. Right padding needs no mask: no real position ever looks to its right."""
+        """Causal attention. Right padding needs no mask: no real position looks to its right."""
         batch, length, width = x_BLD.shape
         head = width // self.heads
         qkv = self.in_proj(x_BLD).view(batch, length, 3, self.heads, head)
@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 class SASRec(nn.Module):
-    """Item table, learned positions, causal blocks; scores are products with the same item table."""
+    """Item table, learned positions, causal blocks; scores are products with the same table."""
 
     def __init__(self, items: int, settings: StudentSettings):
         super().__init__()

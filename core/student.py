@@ -27,7 +27,7 @@ CHUNK_BATCHES = 12
 batches random.
 """
 REDRAWS = 100
-"""Tries for a negative its user has not watched; who watched nearly everything keeps a watched one."""
+"""Tries for a negative its user has not watched; who watched nearly all keeps a watched one."""
 
 
 class SequenceBatches(Dataset):
@@ -188,7 +188,7 @@ class Distilled(nn.Module):
         return input_VD, input_VD if self.distillation.mode == "paper" else table_VD
 
     def loss(self, batch: dict) -> Tensor:
-        """The student's own loss plus what the teacher says of every supervised position (scalar)."""
+        """The student's own loss plus what the teacher says of every real position (scalar)."""
         input_VD, table_VD = self.vectors()
         states_ND = supervised_states(self.model, batch, input_VD)
         own = state_loss(states_ND, table_VD, batch["targets"], self.settings)

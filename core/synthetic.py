@@ -3,9 +3,9 @@ nothing downloaded.
 
 A title is an adjective, a noun, an ordinal and a year: "Quiet Harbor III (1987)". The noun tells
 the genre. After an item of genre g the next one comes, with probability `FOLLOWS`, from the genre
-five places on in the list; otherwise from any. Inside a genre popularity is long-tailed. A model that
-reads titles learns two dozen genres from a few dozen nouns; a model of item ids has to learn every
-item for itself, and most items are rare.
+five places on in the list; otherwise from any. Inside a genre popularity is long-tailed. A model
+that reads titles learns two dozen genres from a few dozen nouns; a model of item ids has to learn
+every item for itself, and most items are rare.
 """
 
 import numpy as np

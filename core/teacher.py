@@ -82,8 +82,8 @@ class Teacher(nn.Module):
         most = self.backbone.config.max_position_embeddings
         if width > most:
             raise InputError(
-                f"teacher.max_history: a prompt of {width} tokens; this backbone takes at most {most}: "
-                "lower teacher.max_history or teacher.max_title_tokens"
+                f"teacher.max_history: a prompt of {width} tokens; this backbone takes at most "
+                f"{most}: lower teacher.max_history or teacher.max_title_tokens"
             )
         self.gate.calls = self._first_layer_calls = 0
         gate_BK = ilora.gate_weights(self.router, batch["states"])
@@ -133,7 +133,7 @@ class Teacher(nn.Module):
         return reverse_loss(kind, self.item_table, self.item_table_start)
 
     def _first_inner_module(self) -> nn.Module:
-        """The first sub-module of the first layer: it runs once more when the layer is recomputed."""
+        """The first sub-module of the first layer: it runs again when the layer is recomputed."""
         base = self.backbone.get_base_model()
         layers = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m))
         return next(layers[0].children())

@@ -12,6 +12,6 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Times and sums of floats do not depend on the cores; tests that need no torch do not import it."""
+    """Sums of floats do not depend on the cores; tests that need no torch do not import it."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

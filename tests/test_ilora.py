@@ -23,8 +23,10 @@ def make_settings(family: str = "tiny", **given) -> TeacherSettings:
     return TeacherSettings(**{"llm_model_name": family, "target_modules": TARGETS[family]} | given)
 
 
-def build(given: TeacherSettings, dtype: torch.dtype = torch.float32, reentrant: bool | None = None):
-    """A backbone with adapters that act; with `reentrant` given, checkpointed as a naive user would."""
+def build(
+    given: TeacherSettings, dtype: torch.dtype = torch.float32, reentrant: bool | None = None
+):
+    """A backbone with adapters that act; `reentrant`: checkpointed as a naive user would."""
     torch.manual_seed(0)
     gate = ilora.RankGate()
     backbone = llm.load_backbone(given, "fp32", CPU, seed=0)
@@ -181,7 +183,7 @@ def test_factors_belong_to_tokens_and_leave_padding_out():
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_checkpointing_changes_no_gradient(family, adapter, forwards):
-    """Two forwards before one backward: each layer is recomputed with the gate of its own forward."""
+    """Two forwards, one backward: each layer is recomputed with the gate of its own forward."""
     found = {}
     for checkpointing in (False, True):
         given = make_settings(family, adapter=adapter, gradient_checkpointing=checkpointing)
@@ -189,7 +191,9 @@ def test_checkpointing_changes_no_gradient(family, adapter, forwards):
         parts = [inputs(torch.float32, seed) for seed in range(forwards)]
         output = torch.cat([gated(model, gate, *part) for part in parts])
         after_forward = gate.calls
-        named = {f"{kind}{i}": t for i, p in enumerate(parts) for kind, t in zip("xg", p, strict=True)}
+        named = {
+            f"{kind}{i}": t for i, p in enumerate(parts) for kind, t in zip("xg", p, strict=True)
+        }
         found[checkpointing] = gradients(output, named | adapters(model))
         assert (gate.calls == 2 * after_forward) == checkpointing  # it did recompute
     for name, gradient in found[False].items():

@@ -1,6 +1,7 @@
 """The plain loop and Lightning: the same losses to the bit, the same stops, saves and errors."""
 
 import itertools
+import multiprocessing
 import signal
 import time
 from dataclasses import dataclass, field
@@ -66,7 +67,10 @@ def small_run(
 ) -> Run:
     """A fit of two layers with dropout; `scores` are the validation results epoch by epoch."""
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(dropout), nn.GELU(), nn.Linear(8, 4))
+    # Used twice: the cast of its weight is shared or not, and the gradients differ in the last bit.
+    twice = nn.Linear(8, 8)
+    parts = [nn.Linear(6, 8), nn.Dropout(dropout), twice, nn.GELU(), twice, nn.Linear(8, 4)]
+    model = nn.Sequential(*parts)
     model.to(device)
     scores = itertools.count() if scores is None else iter(scores)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
@@ -145,6 +149,28 @@ def test_both_trainers_give_the_same_losses_to_the_bit(accumulate, precision):
 
 def test_without_scheduler_and_clipping_the_trainers_agree_too():
     assert_same(*(trained(name, scheduled=False, max_epochs=2) for name in TRAINERS))
+
+
+def test_steps_that_fp16_leaves_out_are_the_same_under_both_trainers(recwarn):
+    """A gradient that overflows at the first scale: no step is made, and nobody warns of it."""
+    runs = []
+    for name, trainer in TRAINERS.items():
+        run = small_run(precision="fp16-mixed", max_epochs=1)
+        start = run.fit.model[0].weight.detach().clone()
+        loss = run.fit.loss
+
+        def overflowing(batch: dict, run=run, loss=loss, start=start) -> torch.Tensor:
+            value = loss(batch) * (1e3 if not run.seen[1:] else 1.0)
+            if len(run.seen) == 2:
+                assert torch.equal(run.fit.model[0].weight, start)
+            return value
+
+        run.fit.loss = overflowing
+        trainer(run.fit, run.observer)
+        assert not torch.equal(run.fit.model[0].weight, start), name
+        runs.append(run)
+    assert_same(*runs)
+    assert not [str(warning.message) for warning in recwarn]
 
 
 @both_trainers
@@ -254,8 +280,12 @@ def test_every_step_runs_in_training_mode(trainer):
 @both_trainers
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_workers_are_seen_and_change_no_batch(trainer, workers):
-    """Two epochs: workers that outlive their epoch would be counted twice."""
-    run = trained(trainer, num_workers=workers, max_epochs=2)
+    """Workers that outlive their epoch would be counted again in validation."""
+    run = small_run(num_workers=workers, max_epochs=2)
+    validate, alive = run.fit.validate, []
+    run.fit.validate = lambda: alive.append(multiprocessing.active_children()) or validate()
+    TRAINERS[trainer](run.fit, run.observer)
+    assert alive == [[], []]
     assert run.observer.facts["loader_workers"] == workers
     expected = [Batches(epoch, 7, 5)[index]["features"] for epoch in (0, 1) for index in range(7)]
     for found, wanted in zip(run.seen, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Prompts: pieces tokenised apart, newest items and cue kept, one slot for each kept item, batch orders."""
+"""Prompts: pieces tokenised apart, newest items and cue kept, a slot for each, batch orders."""
 
 import numpy as np
 import pytest
@@ -135,6 +135,8 @@ def test_the_seed_decides_the_training_order_and_evaluation_has_one():
     same, again, other = (np.concatenate(plan(seed)) for seed in (0, 0, 1))
     assert (same == again).all()
     assert (same != other).any()
+    one, two = ({tuple(sorted(rows)) for rows in plan(seed)} for seed in (0, 1))
+    assert len(one & two) < len(one) / 2  # which samples meet in a batch is drawn too
     lengths = prompts.prompt_lengths(pieces(), queries(), 4, np.concatenate(plan(None)))
     assert (np.diff(lengths) <= 0).all()  # longest first: memory is at its peak at once
 

@@ -109,14 +109,14 @@ def test_a_query_that_was_never_scored_is_an_error():
         batches = list(scorer_of(fixed_scores())(queries))
         yield from batches[1:]
 
-    with pytest.raises(ValueError, match="finite|nan|NaN"):
+    with pytest.raises(ValueError, match=r"finite|nan|NaN"):
         ranking.evaluate(forgetful, prepared(), "test", K)
 
 
 def test_scores_that_are_not_finite_are_an_error():
     scores = fixed_scores()
     scores[3, 5] = float("nan")
-    with pytest.raises(ValueError, match="finite|nan|NaN"):
+    with pytest.raises(ValueError, match=r"finite|nan|NaN"):
         ranking.evaluate(scorer_of(scores), prepared(), "test", K)
 
 

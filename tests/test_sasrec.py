@@ -92,6 +92,7 @@ def test_attention_weights_are_scaled_by_the_head_width():
 
 
 def test_padding_stays_zero_in_the_table_and_gets_no_gradient():
+    assert not SASRec(ITEMS, StudentSettings()).item_table.weight[0].any()
     sasrec = model().train()
     items = rows(3, 8)
     items[:, 5:] = 0

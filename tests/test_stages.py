@@ -536,7 +536,8 @@ def test_a_folder_that_cannot_serve_is_refused_before_any_work(own, tmp_path, le
         shutil.copytree(wanted, tmp_path / name)
     (tmp_path / "empty" / MANIFEST).unlink()
     (tmp_path / "no-manifest-of-ours" / MANIFEST).write_text('{"rows": 3}')
-    next((tmp_path / "damaged").rglob("steps.jsonl" if "rec_model" in leaf else "scores.npy")).write_bytes(b"")
+    victim = "steps.jsonl" if "rec_model" in leaf else "outputs/scores.npy"
+    (tmp_path / "damaged" / victim).write_bytes(b"")
     folders = [tmp_path / name for name in ("absent", "empty", "damaged", "no-manifest-of-ours")]
     for folder in [*folders, found(own, "student_test")]:
         with pytest.raises(InputError, match=str(folder)):

@@ -1,4 +1,4 @@
-"""Batches of whole histories, the student's losses and scores, checkpoints, learning from a teacher."""
+"""Batches of histories, the student's losses, scores and checkpoints, the distilled student."""
 
 import dataclasses
 
@@ -85,9 +85,7 @@ def test_little_is_padding_and_batches_cost_alike():
     cut = data.prepare(DataSettings())
     settings = StudentSettings()
     batches = student.SequenceBatches(cut, settings, seed=1)
-    counts = [
-        (b["tokens"], b["padded_tokens"]) for b in (batches[i] for i in range(len(batches)))
-    ]
+    counts = [(b["tokens"], b["padded_tokens"]) for b in (batches[i] for i in range(len(batches)))]
     tokens, padded = np.array(counts).T
     assert 1 - tokens.sum() / padded.sum() <= 0.15
     budget = settings.batch_size * batches.pairs[batches.pairs > 0].mean()
@@ -171,9 +169,7 @@ def test_it_learns_a_rule():
             student.training_loss(model, batch, settings).backward()
             optimizer.step()
     score = student.scorer(model, settings, 16)
-    found, _ = ranking.evaluate(
-        score, cut, "test", EvalSettings(top_k=(1, 10), mask_seen=False)
-    )
+    found, _ = ranking.evaluate(score, cut, "test", EvalSettings(top_k=(1, 10), mask_seen=False))
     assert found["recall@1"] == 1.0
 
 

@@ -1,4 +1,4 @@
-"""The teacher: padding, gate and rows, checkpointing, precision facts, checkpoints, frozen parts, scores."""
+"""The teacher: padding, gates, checkpointing, precision, checkpoints, frozen parts, scores."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from peft.utils import save_and_load
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, close, encoder, pieces, prepared, queries
 
@@ -114,7 +115,9 @@ def trained_gradients(model, settings, batches, precision: str = "fp32") -> dict
     model.train()
     with autocast(precision, tiny.CPU):
         loss = sum(
-            teacher.training_loss(model, tiny.batch(model, settings, rows), settings, 0.1, Observer())
+            teacher.training_loss(
+                model, tiny.batch(model, settings, rows), settings, 0.1, Observer()
+            )
             for rows in batches
         )
     loss.backward()
@@ -199,7 +202,7 @@ def test_the_encoder_is_outside_of_optimizer_and_checkpoint():
 
 
 def test_head_table_and_encoder_table_are_two_tensors():
-    model, settings = build()
+    model, _ = build()
     table, start = model.item_table, model.encoder.item_table.weight
     assert torch.equal(table, start)
     assert table.data_ptr() != start.data_ptr() != model.item_table_start.data_ptr()
@@ -257,7 +260,9 @@ def test_the_loss_over_candidates_holds_targets_and_uniform_negatives(monkeypatc
     batch = tiny.batch(model, settings, ROWS)
     seen = []
     scores = model.scores
-    monkeypatch.setattr(model, "scores", lambda state, ids=None: seen.append(ids) or scores(state, ids))
+    monkeypatch.setattr(
+        model, "scores", lambda state, ids=None: seen.append(ids) or scores(state, ids)
+    )
     everything = set()
     for _ in range(40):
         found = teacher.training_loss(model, batch, settings, 0.0, Observer())
@@ -377,6 +382,7 @@ def test_shuffled_training_batches_carry_their_own_rows(reference):
 
 def test_the_scorer_asks_the_settings_for_its_batch():
     model, settings = build(inference_batch_size=13)
+    model.train()  # as validation finds it
     asked, observer = held_out(prepared(), "test"), Observer()
     rows = [rows for rows, _ in teacher.scorer(model, pieces(), settings, observer)(asked)]
     assert sorted(np.concatenate(rows)) == list(range(len(asked)))
@@ -459,7 +465,7 @@ def test_the_backbone_multiplies_in_the_dtype_that_was_asked_for(precision, gemm
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_four_bit_training_after_an_evaluation_keeps_autograd(family):
-    """Validation runs before training goes on: its forward must not take 4-bit layers off the graph."""
+    """Validation comes before more training: it must not take 4-bit layers off the graph."""
     settings = {"llm_model_name": family, "adapter": "qlora"}
     expected = trained_gradients(*build(**settings), [ROWS])
     model, given = build(**settings)
@@ -564,6 +570,18 @@ def test_a_checkpoint_holds_what_was_trained_and_no_base_weight(tmp_path):
     trainable = sum(p.numel() * 4 for p in model.trainable())
     on_disk = sum(f.stat().st_size for f in tmp_path.iterdir())
     assert on_disk < trainable + 60_000
+
+
+def test_saving_asks_nobody_about_the_base(tmp_path, monkeypatch):
+    """Left to itself, peft looks the base up on the hub at every save."""
+    model, _ = build()
+    model.backbone.peft_config["default"].base_model_name_or_path = "some/base"
+    asked = []
+    monkeypatch.setattr(
+        save_and_load, "check_file_exists_on_hf_hub", lambda *a, **o: asked.append(a)
+    )
+    teacher.save_teacher(model, tmp_path)
+    assert not asked
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "teacher.safetensors"])

@@ -1,4 +1,4 @@
-"""The smallest pipeline to test on: synthetic ratings, a SASRec and teachers of two layers, built in milliseconds."""
+"""The smallest pipeline to test on: synthetic ratings, a SASRec, teachers of two layers."""
 
 from functools import cache
 
