@@ -122,7 +122,8 @@ def stage_row(row: Verdict, stepping: bool, sources: Sequence[str]) -> list[str]
         ratio = "1"
     verdict = row.words
     if row.call == "undecided" and row.smallest:
-        seen = f"{100 * row.smallest:.1f} % or more" if row.smallest < 1 else "only more than a doubling"
+        percent = f"{100 * row.smallest:.1f} % or more"
+        seen = percent if row.smallest < 1 else "only more than a doubling"
         verdict += f"; this run sees {seen}"
     effect = {True: "yes", False: "no", None: "unknown"}[row.in_effect] if row.repeats else "–"
     memory = [gib(row.memory.get(source)) for source in sources]

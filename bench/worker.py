@@ -1,4 +1,4 @@
-"""The child process: one cell, one repeat, all its stages, one record line for each (see bench/README.md)."""
+"""The child process: one cell, one repeat, a record line for each stage (see bench/README.md)."""
 
 import json
 import math
@@ -34,7 +34,7 @@ class Lines:
         self.file.flush()
 
     def progress(self) -> None:
-        """At most one progress line in half a second: the parent looks for a sign of life, not for a log."""
+        """At most one line in half a second: the parent looks for a sign of life, not for a log."""
         if (now := time.monotonic()) - self.last_s >= PROGRESS_S:
             self.last_s = now
             self.write(
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def status_of(error: Exception) -> str | None:
-    """The status an exception's type decides; None leaves it to the parent, which knows the texts."""
+    """The status an exception's type decides; None leaves it to the parent and its texts."""
     for kind in type(error).__mro__:
         if kind.__name__ in FAILURES:
             return FAILURES[kind.__name__]

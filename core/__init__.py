@@ -1,1 +1,1 @@
-"""The pipeline: ratings to a distilled student, one module for each concern; never imports `bench`."""
+"""The pipeline: ratings to a distilled student, one module for each concern; no `bench` here."""

@@ -130,8 +130,6 @@ def _draw_rows(users: np.ndarray, lengths: np.ndarray, settings: DataSettings) -
             f"data.min_interactions: no user has {shortest} interactions (most: {lengths.max()}); "
             "leave-one-out needs at least three"
         )
-    if settings.limit_data_rows == 0:
-        raise InputError("data.limit_data_rows: 0 keeps nobody; -1 keeps all")
     if settings.limit_data_rows == -1:
         return users
     drawn = np.random.default_rng([settings.seed, 0]).permutation(users)
@@ -140,8 +138,6 @@ def _draw_rows(users: np.ndarray, lengths: np.ndarray, settings: DataSettings) -
 
 
 def _draw_eval_users(num_users: int, settings: DataSettings) -> np.ndarray:
-    if settings.limit_eval_users == 0:
-        raise InputError("data.limit_eval_users: 0 ranks nobody; -1 ranks all")
     everyone = np.arange(num_users, dtype=np.int64)
     if settings.limit_eval_users == -1:
         return everyone

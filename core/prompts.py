@@ -44,7 +44,7 @@ class Pieces:
 
 
 def tokenise(tokenizer, titles: list[str], max_title_tokens: int) -> Pieces:
-    """Tokenise the catalogue once. Titles longer than `max_title_tokens` keep their first tokens."""
+    """Tokenise the catalogue once. A longer title keeps its first `max_title_tokens`."""
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]

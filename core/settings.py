@@ -6,7 +6,7 @@ is what runs. Leaf names follow transformers, peft, Lightning and the users' own
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true", "fp16-mixed"]
 StageName = Literal[
@@ -21,8 +21,18 @@ StageName = Literal[
     "evaluate_all",
 ]
 Source = Literal["synthetic", "ml-1m", "ml-100k", "ml-latest-small", "ml-latest", "csv", "parquet"]
+
+
+def _not_zero(limit: int) -> int:
+    if limit == 0:
+        raise ValueError("0 keeps nothing; -1 means all")
+    return limit
+
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Limit = Annotated[int, Field(ge=-1), AfterValidator(_not_zero)]
+"""A count, or -1 for all."""
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
@@ -35,9 +45,9 @@ class Section(BaseModel):
 class SyntheticSettings(Section):
     """Shape of the embedded catalogue (`core.synthetic`)."""
 
-    users: Positive = 1500
-    items: Positive = 800
-    mean_length: Annotated[float, Field(ge=4)] = 16.0
+    users: Positive = 2000
+    items: Positive = 2400
+    mean_length: Annotated[float, Field(ge=4)] = 13.0
 
 
 class DataSettings(Section):
@@ -48,11 +58,11 @@ class DataSettings(Section):
     """Folder (MovieLens layouts) or file (`csv`, `parquet`) that holds the ratings."""
     items_file: str | None = None
     """`csv`/`parquet` only: table of item_id, title. Without it titles are the item ids."""
-    limit_data_rows: Annotated[int, Field(ge=-1)] = -1
+    limit_data_rows: Limit = -1
     """Interactions kept, -1 = all: whole users are drawn with `data.seed` until this many rows are
     reached.
     """
-    limit_eval_users: Annotated[int, Field(ge=-1)] = -1
+    limit_eval_users: Limit = -1
     """Users ranked in validation and test, -1 = all; drawn with `data.seed`."""
     min_interactions: Annotated[int, Field(ge=3)] = 3
     """Users with fewer interactions are dropped: leave-one-out needs three."""
@@ -79,7 +89,7 @@ class StudentSettings(Section):
     batch_size: Positive = 128
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: NonNegative = 0.0
-    max_epochs: Positive = 20
+    max_epochs: Positive = 60
     patience: Positive = 5
     """Validations without a better ndcg@10 before training stops."""
     eval_every: Positive = 1
@@ -120,6 +130,10 @@ class TeacherSettings(Section):
     max_history: Positive = 10
     """Items shown in a prompt, newest last; the oldest are dropped."""
     max_title_tokens: Positive = 16
+    item_token_dropout: Fraction = 0.0
+    """Probability that training blanks an item token. The SASRec rows behind these tokens were
+    trained on the same samples, so they tell more in training than they do later: without it a
+    small teacher learns to read them and not the titles."""
     inference_batch_size: Positive = 64
     distill_loss_type: Literal["mse", "cosine", "l1", "huber", "contrastive"] = "mse"
     distill_decay_type: Literal["none", "linear", "cosine", "exponential"] = "linear"
@@ -139,11 +153,13 @@ class TeacherSettings(Section):
     def _ranks_divide(self) -> "TeacherSettings":
         if self.lora_r % self.num_experts:
             raise ValueError(
-                f"lora_r {self.lora_r} is not a multiple of num_experts {self.num_experts}: each expert owns lora_r / num_experts rank slices"
+                f"lora_r {self.lora_r} is not a multiple of num_experts {self.num_experts}: "
+                "each expert owns lora_r / num_experts rank slices"
             )
         if self.distill_min_lambda > self.distill_lambda:
             raise ValueError(
-                f"distill_min_lambda {self.distill_min_lambda} is larger than distill_lambda {self.distill_lambda}"
+                f"distill_min_lambda {self.distill_min_lambda} is larger than "
+                f"distill_lambda {self.distill_lambda}"
             )
         return self
 
@@ -157,7 +173,7 @@ class TrainSettings(Section):
     accumulate_grad_batches: Positive = 1
     num_workers: Annotated[int, Field(ge=0)] = 0
     max_epochs: Positive = 4
-    max_steps: Annotated[int, Field(ge=-1)] = -1
+    max_steps: Limit = -1
     """Micro-batches per epoch at most, -1 = all."""
     lr: Annotated[float, Field(gt=0)] = 8e-4
     weight_decay: NonNegative = 0.01
@@ -192,7 +208,7 @@ class DistillSettings(Section):
     batch_size: Positive = 128
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: NonNegative = 0.0
-    max_epochs: Positive = 20
+    max_epochs: Positive = 60
     patience: Positive = 5
     teacher_checkpoint_path: str | None = None
     """Folder of a `teacher_outputs` artefact; null = the one of this run."""

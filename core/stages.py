@@ -456,7 +456,8 @@ def run_stage(
         folder = this.given.get(need) or store.find(need, planned[need].address)
         if folder is None:
             raise InputError(
-                f"{name}: needs {need}, which has not run with these settings; run it first, or all stages"
+                f"{name}: needs {need}, which has not run with these settings; "
+                "run it first, or all stages"
             )
         artefacts.read_manifest(folder)
         inputs[need] = folder
@@ -515,5 +516,5 @@ def prepare_process(settings: Settings) -> None:
 
 
 def image() -> str:
-    """The container image this process runs in, by the label its Dockerfile sets; `host` outside."""
+    """The container image of this process, by the variable its Dockerfile sets; else `host`."""
     return os.environ.get("ILORA_BENCH_IMAGE", "host")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core import ilora, llm
 from core.config import InputError
-from core.loop import autocast, loader, to_device
+from core.loop import autocast, delivered, loader
 from core.observe import Observer, parameter_dtypes
 from core.prompts import Pieces, PromptBatches
 from core.ranking import Queries, Scorer
@@ -37,6 +37,7 @@ class Teacher(nn.Module):
         self.fingerprint = llm.fingerprint(teacher, backbone, precision)
         width, table = backbone.config.hidden_size, encoder.item_table.weight
         self.rank = teacher.lora_r
+        self.item_token_dropout = teacher.item_token_dropout
         self.gate = ilora.RankGate()
         if teacher.gradient_checkpointing:
             backbone.gradient_checkpointing_enable(
@@ -91,6 +92,9 @@ class Teacher(nn.Module):
         embed = self.backbone.get_input_embeddings()
         embeds_BTH = embed(batch["ids"]).detach()
         vectors = self.encoder.item_table.weight[batch["slot_items"]]
+        if self.training and self.item_token_dropout:
+            shown = torch.rand(len(vectors), 1, device=vectors.device) >= self.item_token_dropout
+            vectors = vectors * shown
         slots_SH = self.project(vectors).to(embeds_BTH.dtype)
         embeds_BTH = (
             embeds_BTH.flatten(0, 1)
@@ -283,9 +287,8 @@ def infer(
         kept = np.concatenate(batches.plan)[wanted]
         size = settings.teacher.inference_batch_size
         batches.plan = [kept[start : start + size] for start in range(0, len(kept), size)]
-    for batch in loader(batches, settings.train.num_workers, device):
+    for batch in delivered(loader(batches, settings.train.num_workers, device), observer, device):
         observer.loader_processes()
-        batch = to_device(batch, device)
         with observer.first_step(), autocast(settings.train.precision, device):
             state_BH = teacher.read_out(batch, observer)
             scores_BV = teacher.scores(state_BH)

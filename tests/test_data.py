@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from core import data, download, readers
 from core.config import InputError
@@ -270,17 +271,17 @@ def test_eval_users_never_exceed_the_users(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("limits", "setting"),
-    [
-        ({"limit_data_rows": 0}, "data.limit_data_rows"),
-        ({"limit_eval_users": 0}, "data.limit_eval_users"),
-        ({"min_interactions": 500}, r"data.min_interactions: no user has 500 .*\(most: 11\)"),
-    ],
+    "limit", [{"limit_data_rows": 0}, {"limit_eval_users": 0}, {"limit_data_rows": -2}]
 )
-def test_limits_that_leave_nobody_are_refused(monkeypatch, limits, setting):
+def test_limits_that_keep_nothing_are_no_settings(limit):
+    with pytest.raises(ValidationError):
+        DataSettings(**limit)
+
+
+def test_users_too_short_for_the_limit_are_refused(monkeypatch):
     many_users(monkeypatch)
-    with pytest.raises(InputError, match=setting):
-        data.prepare(DataSettings(**limits))
+    with pytest.raises(InputError, match=r"min_interactions: no user has 500 .*\(most: 11\)"):
+        data.prepare(DataSettings(min_interactions=500))
 
 
 def test_digest_depends_on_order_and_titles_only(tmp_path):

@@ -93,7 +93,7 @@ def another(name: str, kind: object, value):
         case bool():
             return not value
         case int():
-            return 0 if value == -1 else value * 2 or 1
+            return 5 if value == -1 else value * 2 or 1
         case float():
             return value / 2 or 0.05
         case tuple():

@@ -114,6 +114,6 @@ def test_small_catalogues_end(items):
 
 def test_the_default_is_ready_to_learn_from():
     cut = data.prepare(DataSettings())
-    assert cut.num_users == 1500
-    assert cut.num_items > 700
+    assert cut.num_users == 2000
+    assert cut.num_items > 2300
     assert len(data.train_samples(cut)[0]) > 15_000
