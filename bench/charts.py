@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bench.verdicts import BASELINE, Verdict
+from bench.judgement import BASELINE, Verdict
 
 STYLE: Any = {
     # Text stays text: small files, readable diffs, and the reader's own font.

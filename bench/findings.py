@@ -3,42 +3,21 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scipy import stats
 
 from bench import proofs
 from bench.figures import TOTAL, Record
 from bench.intervals import ALPHA
+from bench.judgement import Finding, Trend, Unmeasured, Verdict
+from bench.matrix import Cell, Matrix
 from bench.quality import MARGIN, Quality
-
-if TYPE_CHECKING:
-    from bench.matrix import Cell, Matrix
-    from bench.verdicts import Unmeasured, Verdict
 
 UNACCOUNTED = 0.05
 """Share of a stage's wall time that may lie outside every named phase."""
 FEWEST_BLOCKS_FOR_TREND = 3
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One warning and what to try."""
-
-    text: str
-    advice: str
-
-
-@dataclass(frozen=True)
-class Trend:
-    """Drift of the baseline over the blocks of one stage: last / first block of the fitted line."""
-
-    stage: str
-    ratio: float
-    p_value: float
-    blocks: int
 
 
 def trends(figures: Mapping[str, Mapping[int, float]]) -> list[Trend]:
@@ -56,13 +35,13 @@ def trends(figures: Mapping[str, Mapping[int, float]]) -> list[Trend]:
 
 
 def warnings(
-    matrix: "Matrix",
-    cells: Sequence["Cell"],
+    matrix: Matrix,
+    cells: Sequence[Cell],
     records: Sequence[Record],
-    tables: Mapping[str, Sequence["Verdict"]],
+    tables: Mapping[str, Sequence[Verdict]],
     qualities: Sequence[Quality],
     drifts: Sequence[Trend],
-    unmeasured: Sequence["Unmeasured"],
+    unmeasured: Sequence[Unmeasured],
 ) -> list[Finding]:
     """All warnings of a matrix, the ones that void a result first."""
     rows = [row for table in tables.values() for row in table]
@@ -81,7 +60,7 @@ def warnings(
     ]
 
 
-def settings_not_running(rows: Iterable["Verdict"]) -> list[Finding]:
+def settings_not_running(rows: Iterable[Verdict]) -> list[Finding]:
     """Cells that did not run what was asked, then cells nothing proves; one line a reason."""
     found = []
     advice = {
@@ -94,7 +73,7 @@ def settings_not_running(rows: Iterable["Verdict"]) -> list[Finding]:
     return found
 
 
-def failed(unmeasured: Iterable["Unmeasured"]) -> list[Finding]:
+def failed(unmeasured: Iterable[Unmeasured]) -> list[Finding]:
     """How many cells lost repeats to failures."""
     lost = [row for row in unmeasured if row.status not in ("unsupported", "skipped")]
     if not lost:
@@ -109,7 +88,7 @@ def failed(unmeasured: Iterable["Unmeasured"]) -> list[Finding]:
     ]
 
 
-def differences(cells: Sequence["Cell"], ok: Sequence[Record]) -> list[Finding]:
+def differences(cells: Sequence[Cell], ok: Sequence[Record]) -> list[Finding]:
     """Second differences and effects that should be visible but are not, cell by cell."""
     found = []
     baseline = {(r["stage"], r["block"]): r for r in ok if r["key"] == cells[0].key}
@@ -201,9 +180,7 @@ def memory_contradictions(ok: Sequence[Record]) -> list[Finding]:
     ]
 
 
-def judged_by_wall(
-    tables: Mapping[str, Sequence["Verdict"]], ok: Sequence[Record]
-) -> list[Finding]:
+def judged_by_wall(tables: Mapping[str, Sequence[Verdict]], ok: Sequence[Record]) -> list[Finding]:
     """Stages that have steps, but too few of them somewhere, so that the whole stage was judged."""
     stepping = {record["stage"] for record in ok if record.get("steps")}
     return [
@@ -218,7 +195,7 @@ def judged_by_wall(
     ]
 
 
-def too_few_repeats(rows: Iterable["Verdict"], repeats: int) -> list[Finding]:
+def too_few_repeats(rows: Iterable[Verdict], repeats: int) -> list[Finding]:
     """How many repeats would decide the open comparisons."""
     needs = [row.needs for row in rows if row.call == "undecided"]
     if not needs:

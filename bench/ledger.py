@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.figures import Record
+from bench.judgement import BASELINE, Judgement
 from bench.tables import figure, table
-from bench.verdicts import BASELINE, Judgement
 
 TINY_SHARE = 0.005
 """Phases below this share of every stage are added up in one row."""

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from bench import charts
 from bench.figures import TOTAL, Record
 from bench.findings import UNACCOUNTED
+from bench.judgement import BASELINE, Judgement, Verdict
 from bench.ledger import ledgers
 from bench.matrix import Cell, Matrix
 from bench.quality import MARGIN
@@ -36,7 +37,7 @@ from bench.tables import (
     table,
     unmeasured_table,
 )
-from bench.verdicts import BASELINE, Judgement, Verdict, flat
+from bench.verdicts import flat
 from core import config
 
 ALL = {"data.limit_data_rows": -1, "data.limit_eval_users": -1, "train.max_steps": -1}

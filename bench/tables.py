@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from tabulate import tabulate
 
 from bench.figures import TOTAL, Record
+from bench.judgement import BASELINE, CellProof, Unmeasured, Verdict
 from bench.matrix import Cell
 from bench.quality import Quality
-from bench.verdicts import BASELINE, CellProof, Unmeasured, Verdict
 
 GIB = 2**30
 SOURCES = {

@@ -1,0 +1,326 @@
+"""The worker's side of the protocol, inside this process: which lines it writes, and when."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import deaths, records, worker
+from core import stages
+from core.loop import NonFiniteLoss
+
+# `stages.prepare_process` silences these for a run; pytest sets the filters anew for each test.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+SETTINGS = {
+    "machine": {"threads": 1, "device": "cpu"},
+    "data": {"synthetic": {"users": 60, "items": 48, "mean_length": 8}},
+    "student": {"max_epochs": 1, "hidden_size": 16},
+    "teacher": {"inference_batch_size": 16},
+    "train": {"max_epochs": 1, "batch_size": 16, "max_steps": 6, "accumulate_grad_batches": 2},
+}
+MEASURED = ["teacher_fit", "teacher_test"]
+
+
+class Order:
+    """One cell file and its run inside this process."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch = folder, monkeypatch
+        self.shared, self.private = folder / "shared", folder / "private"
+
+    def run(self, **changes: Any) -> tuple[int, list[dict[str, Any]]]:
+        """Exit status and lines of a worker with this order."""
+        path = self.folder / "cell.jsonl"
+        path.unlink(missing_ok=True)
+        cell = {
+            "cell": "baseline",
+            "stages": MEASURED,
+            "settings": SETTINGS,
+            "records": str(path),
+            "artefacts": str(self.private),
+            "shared_artefacts": str(self.shared),
+            "warmup_steps": 2,
+            "prepare": False,
+        } | changes
+        order = self.folder / "cell.json"
+        order.write_text(json.dumps(cell))
+        self.monkeypatch.setattr(sys, "argv", ["worker", str(order)])
+        status = worker.main()
+        return status, [json.loads(line) for line in path.read_text().splitlines()]
+
+    def parent(self, **changes: Any) -> tuple[deaths.Job, deaths.Events]:
+        """What the parent reads of the last run."""
+        job = deaths.Job(
+            ("worker",),
+            self.folder / "cell.json",
+            self.folder / "cell.jsonl",
+            self.folder / "log",
+            **{"stages": tuple(MEASURED), "timeout_s": 60.0} | changes,
+        )
+        events = deaths.Events()
+        deaths.read_events(job.records, events)
+        return job, events
+
+    def breaks(self, stage: str, error: BaseException) -> None:
+        """Make a stage raise, before it has done anything."""
+
+        def raising(work: stages.Work) -> None:
+            with work.observer.phase("evaluation"):
+                raise error
+
+        node = stages.PIPELINE[stage]
+        broken = stages.Stage(raising, node.needs, node.reads, node.uses)
+        self.monkeypatch.setitem(stages.PIPELINE, stage, broken)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, list]]:
+    """A set-up run: its folder, exit status and lines."""
+    folder = tmp_path_factory.mktemp("set-up")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        status, lines = Order(folder, monkeypatch).run(prepare=True)
+        yield folder, status, lines
+
+
+@pytest.fixture
+def order(prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Order:
+    """An order whose set-up has been made."""
+    shutil.copytree(prepared[0] / "shared", tmp_path / "shared")
+    return Order(tmp_path, monkeypatch)
+
+
+def kinds(lines: list[dict[str, Any]]) -> list[str]:
+    return [line["kind"] for line in lines if line["kind"] != "progress"]
+
+
+def made(folder: Path) -> set[str]:
+    """Stages whose artefacts lie in a folder."""
+    return {path.parent.name.rpartition("-")[0] for path in folder.glob("*/manifest.json")}
+
+
+# ---- set-up and measurement ----
+
+
+def test_set_up_makes_what_is_needed_and_records_no_stage(prepared) -> None:
+    folder, status, lines = prepared
+    assert status == 0
+    assert kinds(lines) == ["start", "end"]
+    assert made(folder / "shared") == {"prepare_data", "student_fit"}
+    assert not (folder / "private").exists()
+
+
+def test_a_measured_process_records_each_stage_once(order: Order) -> None:
+    status, lines = order.run()
+    assert status == 0
+    assert kinds(lines) == ["start", "stage", "stage", "end"]
+    assert [line["stage"] for line in lines if line["kind"] == "stage"] == MEASURED
+    assert made(order.private) == set(MEASURED)
+    assert made(order.shared) == {"prepare_data", "student_fit"}, "set-up is not written to"
+    start = lines[0]["machine"]
+    assert start["torch"] == torch.__version__
+    assert (start["device"], start["threads"], start["image"]) == ("cpu", 1, "host")
+
+
+def test_the_parent_finds_nothing_to_complain_of(order: Order, tmp_path: Path) -> None:
+    order.run()
+    job, events = order.parent()
+    assert deaths.name_death(job, events, 0, False, False, ()) == ("ok", None)
+    head = {"schema": records.SCHEMA, "matrix": "m", "cell": "baseline", "key": "k"}
+    head |= {"block": 1, "repeat": 1}
+    group = [head | line for line in deaths.sound_lines(job, events)]
+    records.append(tmp_path / "records.jsonl", group)
+    assert records.read(tmp_path / "records.jsonl") == group
+    assert records.finished(group, MEASURED) == {("k", 1)}
+    assert set(group[0]) == set(head) | set(records.empty_record("", "", None))
+
+
+def test_a_stage_line_accounts_for_its_time_and_steps(order: Order) -> None:
+    _, lines = order.run()
+    fit, test = (line for line in lines if line["kind"] == "stage")
+    for line in (fit, test):
+        assert sum(line["phases"].values()) == pytest.approx(line["wall_s"], rel=1e-9)
+        assert min(line["phases"].values()) >= 0
+        assert sum(step["seconds"] for step in line["steps"]) < line["wall_s"]
+        assert line["warmup_steps"] == 2
+        assert line["memory"]["host_peak_bytes"] > 0
+        assert line["loader_wait_s"] >= 0
+    # Six batches, of which the first is observed and not timed.
+    assert fit["counts"]["micro_batches"] == len(fit["losses"]) == 6
+    assert [step["optimizer_step"] for step in fit["steps"]] == [True, False, True, False, True]
+    assert fit["counts"]["optimizer_steps"] == 3
+    assert test["counts"]["rows"] == len(test["ranks"]) == 60
+    assert 0 <= test["metrics"]["recall@10"] <= 1
+
+
+def test_what_cannot_be_known_is_no_zero(order: Order) -> None:
+    """No CUDA device here, and nothing loaded in a stage without batches."""
+    _, lines = order.run(stages=["prepare_data"], shared_artefacts=str(order.folder / "none"))
+    line = next(line for line in lines if line["kind"] == "stage")
+    assert line["loader_wait_s"] is None
+    assert line["ranks"] is None
+    device = {name: value for name, value in line["memory"].items() if name != "host_peak_bytes"}
+    assert len(device) == 3
+    assert all(value == {"unavailable": "no CUDA device"} for value in device.values())
+
+
+def test_a_stage_found_finished_is_refused(order: Order) -> None:
+    """Nothing ran, so nothing was timed: a record of it would be a lie."""
+    assert order.run()[0] == 0
+    status, lines = order.run()
+    assert status == 1
+    assert kinds(lines) == ["start", "failure"]
+    assert lines[-1]["stage"] == "teacher_fit"
+    assert "teacher_fit: found finished before it was measured" in lines[-1]["reason"]
+
+
+# ---- failures ----
+
+
+@pytest.mark.parametrize(
+    ("error", "written", "named"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "oom_gpu", "oom_gpu"),
+        (MemoryError(), "oom_host", "oom_host"),
+        (ImportError("flash_attn.so: undefined symbol: _ZN3"), "import", "import"),
+        (ModuleNotFoundError("No module named 'x'"), "import", "import"),
+        (NonFiniteLoss("step 3: training loss is nan"), "bad_output", "bad_output"),
+        (RuntimeError("CUDA driver error: operation not supported"), None, "driver"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), None, "oom_host"),
+        (ValueError("an ordinary mistake"), None, "error"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value or "text",
+)
+def test_a_failure_has_the_status_of_its_exception(
+    order: Order, error: Exception, written: str | None, named: str
+) -> None:
+    """Or no status, where the parent's reading of the text decides."""
+    order.breaks("teacher_fit", error)
+    status, lines = order.run()
+    assert status == 1
+    assert kinds(lines) == ["start", "failure"]
+    failure = lines[-1]
+    assert (failure["stage"], failure["phase"]) == ("teacher_fit", "evaluation")
+    assert failure["status"] == written
+    assert failure["reason"] == f"{type(error).__name__}: {error}"
+    job, events = order.parent()
+    found, reason = deaths.name_death(job, events, 1, False, False, ())
+    assert found == named
+    assert reason == f"evaluation: {failure['reason']}"
+
+
+def test_stages_finished_before_a_failure_stay(order: Order) -> None:
+    order.breaks("teacher_test", ValueError("late"))
+    status, lines = order.run()
+    assert status == 1
+    assert kinds(lines) == ["start", "stage", "failure"]
+    job, events = order.parent()
+    assert [line["stage"] for line in deaths.sound_lines(job, events)] == ["teacher_fit"]
+    assert deaths.failed_stage(job, events) == "teacher_test"
+
+
+def test_the_place_of_a_failure_is_not_that_of_the_stage_before(order: Order) -> None:
+    """A stage that dies before its first phase has no phase of another stage."""
+    order.monkeypatch.setattr(stages.artefacts, "read_manifest", refuse_after("teacher_fit"))
+    _, lines = order.run()
+    failure = lines[-1]
+    assert (failure["stage"], failure["phase"]) == ("teacher_test", "begin")
+
+
+def refuse_after(stage: str) -> Callable[[Path], dict]:
+    read = stages.artefacts.read_manifest
+
+    def reading(folder: Path) -> dict:
+        if folder.name.startswith(stage):
+            raise ValueError("unreadable")
+        return read(folder)
+
+    return reading
+
+
+def test_a_failed_set_up_names_the_stage_it_was_in(order: Order) -> None:
+    order.breaks("student_fit", MemoryError("full"))
+    status, lines = order.run(prepare=True, shared_artefacts=str(order.folder / "new"))
+    assert status == 1
+    assert kinds(lines) == ["start", "failure"]
+    assert (lines[-1]["stage"], lines[-1]["status"]) == ("student_fit", "oom_host")
+
+
+def test_an_order_that_cannot_be_read_fails_before_the_start(order: Order) -> None:
+    status, lines = order.run(settings={"train": {"precision": "fp7"}})
+    assert status == 1
+    assert kinds(lines) == ["failure"]
+    assert lines[0]["stage"] == "start_up"
+    assert "fp7" in lines[0]["reason"]
+
+
+def test_a_measured_stage_without_its_set_up_says_what_is_missing(order: Order) -> None:
+    status, lines = order.run(shared_artefacts=str(order.folder / "none"))
+    assert status == 1
+    assert "teacher_fit: needs prepare_data, which has not run" in lines[-1]["reason"]
+
+
+# ---- progress ----
+
+
+class Clock:
+    """A clock that moves when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        monkeypatch.setattr(worker.time, "monotonic", lambda: self.now_s)
+
+
+def test_progress_is_a_sign_of_life_and_not_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    with (tmp_path / "lines").open("w+") as file:
+        lines = worker.Lines(file)
+        lines.stage = "teacher_fit"
+        observer = worker.listening(lines)
+        with observer.phase("train_steps"):
+            for _ in range(1000):
+                clock.now_s += 0.01
+                observer.step(1)
+        file.seek(0)
+        written = [json.loads(line) for line in file]
+    # Ten seconds: the first at once, then one each half second.
+    assert 19 <= len(written) <= 21
+    assert {line["kind"] for line in written} == {"progress"}
+    assert {(line["stage"], line["phase"]) for line in written} == {("teacher_fit", "train_steps")}
+    numbers = [line["step"] for line in written]
+    assert numbers == sorted(numbers)
+    assert numbers[-1] > 900
+
+
+def test_steps_are_counted_anew_in_each_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    with (tmp_path / "lines").open("w+") as file:
+        lines = worker.Lines(file)
+        observer = worker.listening(lines)
+        for name in ("train_steps", "validation"):
+            with observer.phase(name):
+                for _ in range(3):
+                    clock.now_s += 1
+                    observer.step(1)
+        file.seek(0)
+        steps = [(line["phase"], line["step"]) for line in map(json.loads, file)]
+    expected = [(name, n) for name in ("train_steps", "validation") for n in (0, 1, 2, 3)]
+    # The first phase begins less than half a second after the clock's zero was read as 100.
+    assert steps[-4:] == expected[-4:] or steps == expected
+
+
+def test_a_line_is_on_the_disk_when_it_is_written(tmp_path: Path) -> None:
+    """The process may be killed at any moment after."""
+    path = tmp_path / "lines"
+    with path.open("w") as file:
+        worker.Lines(file).write("start", pid=1)
+        assert json.loads(path.read_text()) == {"kind": "start", "pid": 1}
