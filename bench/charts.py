@@ -109,7 +109,7 @@ def draw_row(axes: Any, row: Verdict, place: float) -> None:
         axes.hlines(place, row.low, row.high, color="black", linewidth=1.2)
         axes.vlines([row.low, row.high], place - 0.14, place + 0.14, color="black", linewidth=1.2)
         words += f" [{row.low:.3f}, {row.high:.3f}]"
-    axes.text(1.03, place, f"{words}  {row.words}", color=colour, **beside)
+    axes.text(1.03, place, f"{words}  {row.call}", color=colour, **beside)
 
 
 def limits(rows: Sequence[Verdict], floor: float) -> tuple[float, float]:

@@ -33,6 +33,11 @@ class Lines:
         self.file.write(json.dumps({"kind": kind, **values}) + "\n")
         self.file.flush()
 
+    def enter(self, stage: str) -> None:
+        """A stage begins: said at once, or a death in its first moments would have no place."""
+        self.stage, self.phase, self.step, self.last_s = stage, "begin", 0, 0.0
+        self.progress()
+
     def progress(self) -> None:
         """At most one line in half a second: the parent looks for a sign of life, not for a log."""
         if (now := time.monotonic()) - self.last_s >= PROGRESS_S:
@@ -85,12 +90,12 @@ def work(cell: dict[str, Any], lines: Lines) -> None:
     if cell["prepare"]:
         store = Store(shared)
         for name in stages.required(cell["stages"], settings):
-            lines.stage = name
+            lines.enter(name)
             stages.run_stage(name, settings, store, listening(lines), planned=planned)
         return
     store = Store(Path(cell["artefacts"]), shared)
     for name in cell["stages"]:
-        lines.stage = name
+        lines.enter(name)
         lines.write("stage", **measure(name, settings, store, planned, cell, lines))
 
 

@@ -34,6 +34,9 @@ class Teacher(nn.Module):
         super().__init__()
         teacher, precision = settings.teacher, settings.train.precision
         backbone = llm.load_backbone(teacher, precision, device, settings.seed)
+        # Building the backbone draws numbers, a quantised one more than a dense one: what is
+        # trained, and the training after it, must start alike in both.
+        torch.manual_seed(settings.seed)
         self.fingerprint = llm.fingerprint(teacher, backbone, precision)
         width, table = backbone.config.hidden_size, encoder.item_table.weight
         self.rank = teacher.lora_r

@@ -637,3 +637,35 @@ def test_a_checkpoint_of_another_gate_or_head_is_refused(tmp_path):
 def test_the_fingerprint_is_readable_json(tmp_path):
     model, _ = trained(tmp_path)
     assert json.loads((tmp_path / "base.json").read_text()) == model.fingerprint
+
+
+# ---- equal starts ----
+
+
+def test_what_is_trained_starts_alike_whatever_the_backbone_drew():
+    dense, _ = build(active=False)
+    after_dense = torch.rand(3)
+    packed, _ = build(active=False, adapter="qlora")
+    after_packed = torch.rand(3)
+    starts = dict(dense.named_parameters())
+    for name, value in packed.named_parameters():
+        if value.requires_grad:
+            assert torch.equal(value, starts[name]), name
+    assert torch.equal(after_dense, after_packed)
+
+
+def test_item_token_dropout_blanks_tokens_in_training_only():
+    model, settings = build(item_token_dropout=0.9)
+    batch = tiny.batch(model, settings, list(range(64)))
+    model.eval()
+    assert torch.equal(model.read_out(batch), model.read_out(batch))
+    seen = []
+    model.projector.register_forward_hook(lambda module, given, made: seen.append(given[0]))
+    model.train()
+    torch.manual_seed(0)
+    model.read_out(batch)
+    blank = (seen[0] == 0).all(1).float().mean()
+    assert 0.75 < blank < 1.0
+    model.eval()
+    model.read_out(batch)
+    assert not (seen[1] == 0).all(1).any()

@@ -299,23 +299,31 @@ def test_progress_is_a_sign_of_life_and_not_a_log(
     assert numbers[-1] > 900
 
 
+def test_the_begin_of_a_stage_is_told_at_once(order: Order) -> None:
+    """The parent names the stage of a sudden death by the last line of progress."""
+    order.monkeypatch.setattr(worker, "PROGRESS_S", 3600)
+    _, lines = order.run()
+    told = [line for line in lines if line["kind"] in ("progress", "stage")]
+    assert [(line["kind"], line["stage"]) for line in told] == [
+        (kind, stage) for stage in MEASURED for kind in ("progress", "stage")
+    ]
+    assert {line["phase"] for line in told if line["kind"] == "progress"} == {"begin"}
+
+
 def test_steps_are_counted_anew_in_each_phase(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock(monkeypatch)
+    monkeypatch.setattr(worker, "PROGRESS_S", 0)
+    phases = ("train_steps", "validation")
     with (tmp_path / "lines").open("w+") as file:
-        lines = worker.Lines(file)
-        observer = worker.listening(lines)
-        for name in ("train_steps", "validation"):
+        observer = worker.listening(worker.Lines(file))
+        for name in phases:
             with observer.phase(name):
-                for _ in range(3):
-                    clock.now_s += 1
-                    observer.step(1)
+                observer.step(1)
+                observer.step(1)
         file.seek(0)
-        steps = [(line["phase"], line["step"]) for line in map(json.loads, file)]
-    expected = [(name, n) for name in ("train_steps", "validation") for n in (0, 1, 2, 3)]
-    # The first phase begins less than half a second after the clock's zero was read as 100.
-    assert steps[-4:] == expected[-4:] or steps == expected
+        told = [(line["phase"], line["step"]) for line in map(json.loads, file)]
+    assert told == [(name, step) for name in phases for step in range(3)]
 
 
 def test_a_line_is_on_the_disk_when_it_is_written(tmp_path: Path) -> None:
