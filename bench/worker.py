@@ -27,7 +27,7 @@ class Lines:
     def __init__(self, file: TextIO):
         self.file = file
         self.stage, self.phase, self.step = "start_up", "start_up", 0
-        self.last_s = 0.0
+        self.last_s = -math.inf
 
     def write(self, kind: str, **values: Any) -> None:
         self.file.write(json.dumps({"kind": kind, **values}) + "\n")
@@ -35,7 +35,7 @@ class Lines:
 
     def enter(self, stage: str) -> None:
         """A stage begins: said at once, or a death in its first moments would have no place."""
-        self.stage, self.phase, self.step, self.last_s = stage, "begin", 0, 0.0
+        self.stage, self.phase, self.step, self.last_s = stage, "begin", 0, -math.inf
         self.progress()
 
     def progress(self) -> None:

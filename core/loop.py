@@ -104,6 +104,7 @@ class BestSoFar:
     ) -> bool:
         """Record an epoch's validation, save when improved; True when patience is used up."""
         self.fit.history.append({"epoch": epoch, "train_loss": train_loss, **metrics})
+        observer.on_validation(self.fit.history[-1], self.fit.max_epochs)
         if metrics[self.fit.monitor] > self.best:
             self.best, self.bad = metrics[self.fit.monitor], 0
             with observer.phase("checkpoint"):

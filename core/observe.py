@@ -82,8 +82,10 @@ class Observer:
         self,
         on_step: Callable[[Step], None] = lambda step: None,
         on_phase: Callable[[str], None] = lambda name: None,
+        on_validation: Callable[[dict, int], None] = lambda figures, max_epochs: None,
     ):
         self.on_step = on_step
+        self.on_validation = on_validation
         self.on_phase = on_phase
         self.facts: dict = {}
         self.counts: Counter[str] = Counter()

@@ -73,15 +73,16 @@ def run(settings: Settings, names: list[str], out: Path) -> Path:
     (folder / "settings.yaml").write_text(config.dump(settings))
     made: dict[str, Any] = {}
     for number, stage in enumerate(wanted, 1):
-        observer = Observer()
+        label = f"[{number}/{len(wanted)}] {stage}"
+        observer = Observer(on_validation=_validations(label))
         started = time.perf_counter()
-        with console.status(f"[{number}/{len(wanted)}] {stage} …") as status:
-            observer.on_step = _progress(status, f"[{number}/{len(wanted)}] {stage}", observer)
+        with console.status(f"{label} …") as status:
+            observer.on_step = _progress(status, label, observer)
             artefact, new = stages.run_stage(stage, settings, store, observer, planned=planned)
         wall_s = time.perf_counter() - started
         found = f"{wall_s:.1f} s" if new else "unchanged, reused"
         console.print(
-            f"[{number}/{len(wanted)}] {stage}: {found}  {_figures(artefact)}".rstrip(),
+            f"{label}: {found}  {_figures(artefact)}".rstrip(),
             markup=False,
             soft_wrap=True,
         )
@@ -141,6 +142,24 @@ def _progress(status, label: str, observer):
             shown[:] = [now, 0]
 
     return on_step
+
+
+def _validations(label: str):
+    """Print a line for each validation: where training stands and how long it can still take."""
+    begun = time.monotonic()
+
+    def on_validation(figures: dict, max_epochs: int) -> None:
+        done = figures["epoch"] + 1
+        left_min = (time.monotonic() - begun) / done * (max_epochs - done) / 60
+        console.print(
+            f"{label}: epoch {done}/{max_epochs}  train_loss {figures['train_loss']:.4f}  "
+            f"recall@10 {figures['recall@10']:.4f}  ndcg@10 {figures['ndcg@10']:.4f}  "
+            f"at most {left_min:.1f} min left",
+            markup=False,
+            soft_wrap=True,
+        )
+
+    return on_validation
 
 
 def _figures(artefact: Path) -> str:

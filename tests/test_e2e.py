@@ -1,0 +1,325 @@
+"""From a matrix file to the report with the real worker: honest, deaf to a setting, and dying."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from bench import proofs, worker
+from core import stages
+from core.config import load_settings
+from core.settings import Settings, StageName
+
+# `stages.prepare_process` silences these for a run; pytest sets the filters anew for each test.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+STAGES = ["teacher_fit", "teacher_test"]
+BASE = {
+    "data": {"synthetic": {"users": 100, "items": 60, "mean_length": 6}},
+    "student": {"max_epochs": 1, "hidden_size": 16},
+    "teacher": {"inference_batch_size": 16},
+    "train": {"max_epochs": 1, "batch_size": 16, "max_steps": 6},
+    "machine": {"threads": 1, "device": "cpu"},
+}
+# What each axis asks beside the baseline's value, and where it acts first.
+ASKED: dict[str, tuple[Any, Any]] = {
+    "train.precision": ("fp32", "bf16-mixed"),
+    "teacher.adapter": ("lora", "qlora"),
+    "teacher.attn": ("sdpa", "eager"),
+    "teacher.gradient_checkpointing": (False, True),
+    "teacher.inference_batch_size": (16, 64),
+    "train.accumulate_grad_batches": (1, 3),
+    "train.num_workers": (0, 2),
+    "train.trainer": ("loop", "lightning"),
+    "machine.image": ("host", "cu118"),
+}
+
+
+class Bench:
+    """The command line in a folder of its own, with the real worker or one built on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.out = folder / "out"
+
+    def run(self, axes: dict[str, list], worker: str | None = None, **choices: Any) -> Any:
+        """Run a matrix of these axes, one repeat; `choices` are the worker's instructions."""
+        text = {"question": "Is it in effect?", "stages": STAGES, "axes": axes, "base": BASE}
+        path = self.folder / "small.yaml"
+        path.write_text(yaml.safe_dump(text | {"repeats": 1, "timeout_s": 120}, sort_keys=False))
+        words = ["--worker", f"{sys.executable} {TESTS / worker}"] if worker else []
+        return self.command("bench.run", path, *words, "--out", self.out, **choices)
+
+    def command(self, module: str, *words: Any, **variables: Any) -> Any:
+        chosen = {name: json.dumps(value) for name, value in variables.items()}
+        return subprocess.run(
+            [sys.executable, "-m", module, *map(str, words)],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | chosen,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+
+    @property
+    def run_folder(self) -> Path:
+        return next(self.out.glob("small/*"))
+
+    @property
+    def report(self) -> str:
+        return (self.run_folder / "report.md").read_text()
+
+    def records(self) -> list[dict[str, Any]]:
+        text = (self.run_folder / "records.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def settings(self, cell: str) -> dict[str, Any]:
+        """What a cell was told to run."""
+        path = self.run_folder / "cells" / f"{cell}-r1.json"
+        return json.loads(path.read_text())["settings"]
+
+    def proven(self, axes: dict[str, list]) -> dict[tuple[str, str, str], bool | None]:
+        """(cell, setting, stage) -> whether the setting held there."""
+        found = {}
+        for cell in {record["cell"] for record in self.records() if record["repeat"]}:
+            settings = self.settings(cell)
+            asked = {name: settings[name.split(".")[0]][name.split(".")[1]] for name in axes}
+            own = [record for record in self.records() if record["cell"] == cell]
+            for row in proofs.check(asked, own, settings):
+                found[cell, row.setting, row.stage] = row.holds
+        return found
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def row_of(report: str, cell: str) -> list[str]:
+    """The cells of the first table row of a matrix cell."""
+    line = next(line for line in report.splitlines() if line.startswith(f"| `{cell}`"))
+    return [part.strip() for part in line.strip("|").split("|")]
+
+
+def check_records(records: list[dict[str, Any]]) -> None:
+    """What every record of a machine without a GPU owes its reader."""
+    for record in records:
+        assert record["status"] == "ok", record["reason"]
+        assert 0 < record["wall_s"] < record["process_wall_s"]
+        phases = record["phases"]
+        assert sum(phases.values()) == pytest.approx(record["wall_s"], rel=1e-6)
+        assert phases["unaccounted"] <= 0.05 * record["wall_s"], phases
+        memory = record["memory"]
+        assert memory.pop("host_peak_bytes") > 50 * 2**20, "Python with torch holds more"
+        assert len(memory) == 3
+        assert all(value == {"unavailable": "no CUDA device"} for value in memory.values())
+        assert record["warnings"] == []
+
+
+# ---- honest ----
+
+
+def test_an_honest_run_ends_in_a_report(bench: Bench) -> None:
+    axes = {"train.accumulate_grad_batches": [1, 3]}
+    done = bench.run(axes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].endswith("report.md")
+    check_records(bench.records())
+    proven = bench.proven(axes)
+    assert len(proven) == 2
+    assert set(proven.values()) == {True}
+    by_cell = {(r["cell"], r["stage"]): r for r in bench.records()}
+    assert len(by_cell) == 4
+    steps = [
+        by_cell[cell, "teacher_fit"]["counts"]["optimizer_steps"]
+        for cell in ("baseline", "train.accumulate_grad_batches=3")
+    ]
+    assert steps == [6, 2]
+    assert "not in effect" not in bench.report
+    assert row_of(bench.report, "train.accumulate_grad_batches=3")[-1] == "yes"
+
+
+@pytest.mark.slow
+def test_every_axis_holds_in_an_honest_run(bench: Bench) -> None:
+    """All at once as a star, and what this machine cannot run stated as such."""
+    axes = {name: list(values) for name, values in ASKED.items()}
+    axes["teacher.attn"].append("flash_attention_2")
+    done = bench.run(axes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stated = {r["cell"]: r for r in bench.records() if not r["repeat"]}
+    check_records([r for r in bench.records() if r["repeat"]])
+    assert {name: r["status"] for name, r in stated.items()} == {
+        "teacher.attn=flash_attention_2": "unsupported",
+        "machine.image=cu118": "unsupported",
+    }
+    reasons = [stated[name]["reason"] for name in stated]
+    assert any("GPU kernels only" in reason for reason in reasons)
+    assert all(reason in bench.report for reason in reasons)
+    proven = bench.proven(axes)
+    assert {name for name, holds in proven.items() if holds is not True} == set()
+    shown = {setting for cell, setting, _ in proven if cell.startswith(setting)}
+    assert shown == set(ASKED) - {"machine.image"}
+    assert "not in effect" not in bench.report
+    feed_forward(bench)
+
+
+def feed_forward(bench: Bench) -> None:
+    """The best cell is a settings file for the pipeline and a base for the next question."""
+    best = bench.run_folder / "best.yaml"
+    assert load_settings(best).data.synthetic.users == 100
+    done = bench.command("core.run", best, "prepare_data")
+    assert done.returncode == 0, done.stderr
+    assert "[1/1] prepare_data:" in done.stdout
+    done = bench.command("bench.run", bench.folder / "small.yaml", "--base", best, "--plan")
+    assert done.returncode == 0, done.stderr
+    assert "processes to measure" in done.stdout
+
+
+# ---- deaf ----
+
+
+@pytest.mark.slow
+def test_a_worker_deaf_to_precision_is_found_out(bench: Bench) -> None:
+    """The users' own mistake: bf16 was asked for and compared, fp32 ran twice."""
+    cell = "train.precision=bf16-mixed"
+    done = bench.run(
+        {"train.precision": ["fp32", "bf16-mixed"]},
+        "deaf_worker.py",
+        DEAF_WORKER={"train.precision": "fp32"},
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert {r["status"] for r in bench.records()} == {"ok"}, "it ran to its end and looks healthy"
+    assert bench.settings(cell)["train"]["precision"] == "bf16-mixed"
+    shown = row_of(bench.report, cell)
+    assert (shown[2], shown[-2], shown[-1]) == ("–", "not in effect", "no")
+    assert "wanted bfloat16 products under autocast" in bench.report
+    assert "equal to the bit: loss trace" in bench.report
+    best = load_settings(bench.run_folder / "best.yaml")
+    assert best.train.precision == "fp32"
+
+
+class Pipeline:
+    """Set-up made once; measured stages run in this process under settings of choice."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work("set-up", {}, prepare=True)
+        self.runs = 0
+
+    def work(self, name: str, changes: dict[str, Any], prepare: bool = False) -> list[dict]:
+        settings = Settings.model_validate(BASE).model_dump(mode="json")
+        for dotted, value in changes.items():
+            section, leaf = dotted.split(".")
+            settings[section][leaf] = value
+        path = self.folder / f"{name}.jsonl"
+        order = {
+            "stages": [*STAGES, "teacher_outputs"],
+            "settings": settings,
+            "artefacts": str(self.folder / name),
+            "shared_artefacts": str(self.folder / "shared"),
+            "warmup_steps": 1,
+            "prepare": prepare,
+        }
+        with path.open("w") as file:
+            worker.work(order, worker.Lines(file))
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        return [line for line in lines if line["kind"] == "stage"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return Pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def plain(pipeline: Pipeline) -> list[dict]:
+    """Stage lines of the baseline: what runs when no wish is heard."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # Other tests of this process may have imported it, and the plain loop must not have.
+        monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
+        return pipeline.work("plain", {})
+
+
+def proofs_of(setting: str, value: Any, lines: list[dict]) -> dict[str, bool | None]:
+    """Stage -> whether a value is proven by what these stages showed."""
+    section, leaf = setting.split(".")
+    settings = Settings.model_validate(BASE).model_dump(mode="json")
+    settings[section][leaf] = value
+    return {row.stage: row.holds for row in proofs.check({setting: value}, lines, settings)}
+
+
+def test_every_proof_is_tried() -> None:
+    assert set(ASKED) == set(proofs.PROOFS)
+
+
+@pytest.mark.parametrize("setting", sorted(ASKED))
+def test_the_baseline_is_proven_and_a_deaf_pipeline_is_not(setting: str, plain: list[dict]) -> None:
+    """The same stages, asked for the baseline's value and for another one."""
+    heard, unheard = ASKED[setting]
+    measured = {line["stage"] for line in plain}
+    acting = {stage for stage in proofs.PROOFS[setting].stages if stage in measured}
+    assert acting
+    assert proofs_of(setting, heard, plain) == dict.fromkeys(acting, True)
+    assert proofs_of(setting, unheard, plain) == dict.fromkeys(acting, False)
+
+
+@pytest.mark.parametrize("setting", sorted(ASKED))
+def test_a_setting_in_effect_is_proven_and_one_in_effect_unasked_is_not(
+    setting: str, pipeline: Pipeline, plain: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The setting alone is changed: its proof turns, and no other does."""
+    old, new = ASKED[setting]
+    if setting == "machine.image":
+        monkeypatch.setenv("ILORA_BENCH_IMAGE", "cu118")
+    if setting != "train.trainer":
+        monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
+    lines = pipeline.work(setting, {setting: new})
+    assert set(proofs_of(setting, new, lines).values()) == {True}
+    assert set(proofs_of(setting, old, lines).values()) == {False}
+    for other in set(ASKED) - {setting}:
+        assert set(proofs_of(other, ASKED[other][0], lines).values()) == {True}, other
+    for line, base in zip(lines, plain, strict=True):
+        assert proofs.second_differences([setting], line, base) == [], line["stage"]
+
+
+# ---- dying ----
+
+
+@pytest.mark.slow
+def test_every_death_of_the_real_worker_is_a_named_row(bench: Bench) -> None:
+    ways = {
+        "train.lr=0.002": ("killed", "killed", "SIGKILL"),
+        "train.lr=0.003": ("import_error", "import", "undefined symbol: no_such_symbol"),
+        "train.lr=0.004": ("host_memory", "oom_host", "DefaultCPUAllocator"),
+        "train.lr=0.005": ("gpu_memory", "oom_gpu", "CUDA out of memory"),
+        "train.lr=0.006": ("silent", "silent_exit", "exit 0 without an end record"),
+    }
+    rates = [0.001, *(float(cell.partition("=")[2]) for cell in ways)]
+    done = bench.run(
+        {"train.lr": rates},
+        "dying_worker.py",
+        DYING_WORKER={cell: way for cell, (way, _, _) in ways.items()},
+    )
+    assert done.returncode == 1, done.stderr
+    found = {(r["cell"], r["stage"]): r for r in bench.records()}
+    assert len(found) == 2 * (1 + len(ways))
+    for cell, (_, status, text) in ways.items():
+        assert found[cell, "teacher_fit"]["status"] == "ok", cell
+        assert found[cell, "teacher_test"]["status"] == status, cell
+        assert text in found[cell, "teacher_test"]["reason"], cell
+        assert re.search(rf"\| {status}\b", "|".join(row_of(bench.report, cell))), cell
+    assert {found["baseline", stage]["status"] for stage in STAGES} == {"ok"}
+
+
+def test_the_stages_measured_here_are_stages() -> None:
+    assert set(STAGES) < set(get_args(StageName)) == set(stages.STAGES)
