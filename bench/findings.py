@@ -103,7 +103,8 @@ def differences(cells: Sequence[Cell], ok: Sequence[Record]) -> list[Finding]:
                 second.setdefault(text, {})[record["stage"]] = None
             for text in proofs.no_effect(list(cell.changed), record, other):
                 silent.setdefault(text, {})[record["stage"]] = None
-        if "machine.image" in cell.changed:
+        measured = any(record["key"] == cell.key for record in ok)
+        if "machine.image" in cell.changed and measured:
             second["whole image, so library versions too"] = {"all stages": None}
         if second:
             text = f"{cell.name}: more than the setting under test differs: {by_stage(second)}"

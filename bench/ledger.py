@@ -22,8 +22,23 @@ def ledgers(
         by_stage = {s: rows for s in stages if (rows := [r for r in own if r["stage"] == s])}
         if by_stage:
             sentences = [bottleneck(stage, rows) for stage, rows in by_stage.items()]
+            sentences += outside_stages(own)
             found.append({"cell": cell, "table": ledger(by_stage), "sentences": sentences})
     return found
+
+
+def outside_stages(own: Sequence[Record]) -> list[str]:
+    """What a whole process took beside its measured stages: no timer of a stage sees that."""
+    whole = {r["repeat"]: r["process_wall_s"] for r in own if r.get("process_wall_s")}
+    if not whole:
+        return []
+    inside = mean(sum(r["wall_s"] for r in own if r["repeat"] == repeat) for repeat in whole)
+    process = mean(whole.values())
+    return [
+        f"A whole process took {figure(process)} s, of which {figure(process - inside)} s "
+        f"({100 * (process - inside) / process:.0f} %) outside the measured stages: interpreter, "
+        "imports, tear-down. No ratio above contains them."
+    ]
 
 
 def mean(values: Iterable[float]) -> float:
