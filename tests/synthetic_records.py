@@ -135,7 +135,6 @@ def head(cell: Cell, block: int, stage: str, status: str) -> dict[str, Any]:
         "stage": stage,
         "status": status,
         "reason": None,
-        "process_wall_s": 12.5,
         "wall_s": 0.0,
     }
 
@@ -172,6 +171,7 @@ def ok_record(cell: Cell, block: int, stage: str) -> dict[str, Any]:
         "unaccounted": 0.35 if stage == OUTPUTS else 0.02,
     }
     return head(cell, block, stage, "ok") | {
+        "process_wall_s": 42.5,
         "wall_s": math.fsum(phases.values()),
         "phases": phases,
         "steps": steps,
