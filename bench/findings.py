@@ -83,7 +83,7 @@ def failed(unmeasured: Iterable[Unmeasured]) -> list[Finding]:
     return [
         Finding(
             f"repeats failed in {len({row.cell for row in lost})} cells: {words}",
-            "reasons are under the tables, logs in `cells/`; `python -m bench.doctor` explains",
+            "reasons are under the tables, logs in `cells/`",
         )
     ]
 

@@ -80,18 +80,18 @@ def status_of(error: Exception) -> str | None:
 def work(cell: dict[str, Any], lines: Lines) -> None:
     """Set-up (`prepare`) or measurement of one cell."""
     settings = Settings.model_validate(cell["settings"])
-    from core import stages
+    from core import pipeline
     from core.artefacts import Store
 
-    stages.prepare_process(settings)
+    pipeline.prepare_process(settings)
     shared = Path(cell["shared_artefacts"])
     lines.write("start", time_s=time.time(), pid=process_id(), machine=process_facts(settings))
-    planned = stages.plan(settings)
+    planned = pipeline.plan(settings)
     if cell["prepare"]:
         store = Store(shared)
-        for name in stages.required(cell["stages"], settings):
+        for name in pipeline.required(cell["stages"], settings):
             lines.enter(name)
-            stages.run_stage(name, settings, store, listening(lines), planned=planned)
+            pipeline.run_stage(name, settings, store, listening(lines), planned=planned)
         return
     store = Store(Path(cell["artefacts"]), shared)
     for name in cell["stages"]:
@@ -104,14 +104,14 @@ def measure(
 ) -> dict[str, Any]:
     """Run one stage under all meters; its record line."""
     from bench import meters
-    from core import stages
+    from core import pipeline
 
-    device = stages.choose_device(settings)
+    device = pipeline.choose_device(settings)
     clock = meters.StepClock(device)
     observer = listening(lines, clock)
     running = meters.start(device)
     started, begun = datetime.now(UTC), time.perf_counter()
-    _, made = stages.run_stage(name, settings, store, observer, planned=planned)
+    _, made = pipeline.run_stage(name, settings, store, observer, planned=planned)
     if device.type == "cuda":
         import torch
 
@@ -176,9 +176,9 @@ def process_facts(settings: Settings) -> dict[str, Any]:
     import torch
     import transformers
 
-    from core import stages
+    from core import pipeline
 
-    device = stages.choose_device(settings)
+    device = pipeline.choose_device(settings)
     on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
@@ -189,7 +189,7 @@ def process_facts(settings: Settings) -> dict[str, Any]:
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "threads": torch.get_num_threads(),
-        "image": stages.image(),
+        "image": pipeline.image(),
     }
 
 

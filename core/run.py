@@ -54,16 +54,18 @@ def run(settings: Settings, names: list[str], out: Path) -> Path:
     """
     # A note on an optional kernel, written while the library is imported.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from core import stages  # torch and transformers load only once the input is known to be good
+    from core import pipeline  # torch and transformers load only once the input is known to be good
     from core.artefacts import Store, write_json
     from core.observe import Observer
 
-    stages.prepare_process(settings)
-    planned = stages.plan(settings)
-    stages.choose_device(settings)
-    wanted = [stage for stage in stages.STAGES if stage in names] if names else list(stages.STAGES)
+    pipeline.prepare_process(settings)
+    planned = pipeline.plan(settings)
+    pipeline.choose_device(settings)
+    wanted = (
+        [stage for stage in pipeline.STAGES if stage in names] if names else list(pipeline.STAGES)
+    )
     store = Store(out / "artefacts")
-    for stage in stages.required(wanted, settings):
+    for stage in pipeline.required(wanted, settings):
         if store.find(stage, planned[stage].address) is None:
             raise InputError(
                 f"{', '.join(wanted)}: {stage} comes before and has not run with these settings; "
@@ -78,7 +80,7 @@ def run(settings: Settings, names: list[str], out: Path) -> Path:
         started = time.perf_counter()
         with console.status(f"{label} …") as status:
             observer.on_step = _progress(status, label, observer)
-            artefact, new = stages.run_stage(stage, settings, store, observer, planned=planned)
+            artefact, new = pipeline.run_stage(stage, settings, store, observer, planned=planned)
         wall_s = time.perf_counter() - started
         found = f"{wall_s:.1f} s" if new else "unchanged, reused"
         console.print(

@@ -1,37 +1,24 @@
-"""The ordered stages: what each needs, which settings it may read, and what it does.
+"""What each stage does, from ratings to the comparison of three models.
 
 A stage is a function of a `Work` order. It reads upstream artefacts by name, writes into its own
-folder, and reports through the observer; `run_stage` finds or makes the artefact.
+folder, and reports through the observer. `core.pipeline` says in which order and with what.
 """
 
-import ctypes
 import json
-import logging
-import os
 import shutil
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from core import artefacts, data, llm, metrics, outputs, prompts, ranking, student, teacher
-from core.artefacts import Store
-from core.config import InputError
 from core.loop import Fit, fit_loop
 from core.observe import Observer
-from core.readers import source_files
 from core.sasrec import SASRec
-from core.settings import Settings, StageName
-
-STAGES: tuple[str, ...] = get_args(StageName)
-FITS = ("train.trainer", "train.num_workers")
 
 
 @dataclass(frozen=True)
@@ -49,18 +36,6 @@ class Work:
     def prepared(self) -> data.Prepared:
         """The prepared split."""
         return data.load(self.inputs["prepare_data"] / "split")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A node of the pipeline."""
-
-    run: Callable[[Work], None]
-    needs: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    """Settings its result depends on: they are part of the artefact's address."""
-    uses: tuple[str, ...] = ()
-    """Settings it may see though its result does not depend on them (proved by test)."""
 
 
 # ---- data and student ----
@@ -320,7 +295,8 @@ def evaluate_all(work: Work) -> None:
 def _run_fit(work: Work, fit: Fit) -> None:
     """Train under the chosen trainer and leave the traces beside the checkpoints."""
     if work.settings.train.trainer == "lightning":
-        from core.lightning import fit_lightning
+        with work.observer.phase("set_up"):
+            from core.lightning import fit_lightning
 
         fit_lightning(fit, work.observer)
     else:
@@ -348,173 +324,3 @@ def _test(work: Work, score: ranking.Scorer, prepared: data.Prepared) -> None:
     ]
     (work.folder / "test_metrics.txt").write_text("\n".join(lines) + "\n")
     work.observer.metrics, work.observer.ranks = found, ranks
-
-
-TEACHER = ("seed", "student", "teacher", "train", "eval")
-PIPELINE: dict[str, Stage] = {
-    "prepare_data": Stage(prepare_data, (), ("data",)),
-    "student_fit": Stage(student_fit, ("prepare_data",), ("seed", "student", "eval"), FITS),
-    "student_test": Stage(student_test, ("prepare_data", "student_fit"), ("student", "eval")),
-    "teacher_fit": Stage(teacher_fit, ("prepare_data", "student_fit"), TEACHER),
-    "teacher_test": Stage(teacher_test, ("prepare_data", "student_fit", "teacher_fit"), TEACHER),
-    "teacher_outputs": Stage(
-        teacher_outputs, ("prepare_data", "student_fit", "teacher_fit"), TEACHER
-    ),
-    "distill_fit": Stage(
-        distill_fit,
-        ("prepare_data", "teacher_outputs"),
-        ("seed", "student", "distill", "eval"),
-        FITS,
-    ),
-    "distill_test": Stage(distill_test, ("prepare_data", "distill_fit"), ("student", "eval")),
-    "evaluate_all": Stage(
-        evaluate_all, ("student_test", "teacher_test", "distill_test"), ("eval",)
-    ),
-}
-
-
-# ---- running ----
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A stage with its address and the folders or addresses it builds on."""
-
-    name: str
-    address: str
-    upstream: dict[str, str]
-    given: dict[str, Path]
-    """Upstream stages replaced by a folder the settings name."""
-
-
-def plan(settings: Settings) -> dict[str, Planned]:
-    """Addresses of all stages under these settings, in order; runs nothing.
-
-    Raises InputError when source files or named checkpoints are missing.
-    """
-    named = {
-        "teacher_fit": {"student_fit": settings.teacher.rec_model_checkpoint_path},
-        "teacher_test": {"student_fit": settings.teacher.rec_model_checkpoint_path},
-        "teacher_outputs": {"student_fit": settings.teacher.rec_model_checkpoint_path},
-        "distill_fit": {"teacher_outputs": settings.distill.teacher_checkpoint_path},
-    }
-    sources = artefacts.digest(artefacts.file_states(source_files(settings.data)))
-    planned: dict[str, Planned] = {}
-    for name, stage in PIPELINE.items():
-        given = {need: Path(path) for need, path in named.get(name, {}).items() if path}
-        upstream = {
-            need: artefacts.digest(_given_files(need, given[need]))
-            if need in given
-            else planned[need].address
-            for need in stage.needs
-        }
-        if name == "prepare_data":
-            upstream = {"sources": sources}
-        where = artefacts.address(name, settings, stage.reads, upstream)
-        planned[name] = Planned(name, where, upstream, given)
-    return planned
-
-
-def _given_files(stage: str, folder: Path) -> dict[str, str]:
-    """Files and hashes of a folder the settings name in place of a stage."""
-    manifest = artefacts.read_manifest(folder)
-    if manifest["stage"] != stage:
-        raise InputError(f"{folder}: made by {manifest['stage']}; wanted a folder of {stage}")
-    return manifest["files"]
-
-
-def required(stages: Sequence[str], settings: Settings) -> list[str]:
-    """The stages these need before them, in order, themselves left out."""
-    planned, wanted, queue = plan(settings), set(), list(stages)
-    while queue:
-        stage = queue.pop()
-        for need in PIPELINE[stage].needs:
-            if need not in planned[stage].given and need not in wanted:
-                wanted.add(need)
-                queue.append(need)
-    return [stage for stage in STAGES if stage in wanted and stage not in stages]
-
-
-def run_stage(
-    name: str,
-    settings: Settings,
-    store: Store,
-    observer: Observer,
-    *,
-    planned: dict[str, Planned] | None = None,
-) -> tuple[Path, bool]:
-    """Find or make a stage's artefact: (folder, whether it was made now).
-
-    Raises InputError when a stage before it has not run, or its files differ from their manifest.
-    """
-    planned = planned or plan(settings)
-    this, stage = planned[name], PIPELINE[name]
-    if done := store.find(name, this.address):
-        return done, False
-    inputs = {}
-    for need in stage.needs:
-        folder = this.given.get(need) or store.find(need, planned[need].address)
-        if folder is None:
-            raise InputError(
-                f"{name}: needs {need}, which has not run with these settings; "
-                "run it first, or all stages"
-            )
-        artefacts.read_manifest(folder)
-        inputs[need] = folder
-    device = choose_device(settings)
-    started, clock = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.perf_counter()
-    observer.facts.update(device=str(device), image=image())
-    view: SimpleNamespace = artefacts.visible(settings, (*stage.reads, *stage.uses))
-    with store.create(name, this.address) as folder:
-        stage.run(Work(view, inputs, folder, device, observer, this.upstream))
-        with observer.phase("seal"):
-            artefacts.write_manifest(
-                folder,
-                {
-                    "stage": name,
-                    "address": this.address,
-                    "upstream": this.upstream,
-                    "settings": settings.model_dump(mode="json"),
-                    "started": started,
-                    "wall_s": time.perf_counter() - clock,
-                    "phases": dict(observer.phases),
-                    "metrics": observer.metrics,
-                    "facts": observer.facts,
-                },
-            )
-    return store.root / f"{name}-{this.address}", True
-
-
-def choose_device(settings: Settings) -> torch.device:
-    """The device of the run; `auto` takes CUDA where there is one."""
-    wanted = settings.machine.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("machine.device: cuda, but torch sees no CUDA device; use cpu or auto")
-    return torch.device(wanted)
-
-
-def prepare_process(settings: Settings) -> None:
-    """Set this process up: CPU threads, and an allocator that keeps freed memory.
-
-    glibc returns large blocks to the kernel at once by default; training asks for the same blocks
-    every step and would pay for fresh pages each time.
-    """
-    # Notes of libraries about optional kernels and their own old names; nothing here acts on them.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    if settings.machine.threads:
-        torch.set_num_threads(settings.machine.threads)
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return  # another C library: its own rules apply
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-    libc.mallopt(mmap_threshold, 1 << 30)
-    libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def image() -> str:
-    """The container image of this process, by the variable its Dockerfile sets; else `host`."""
-    return os.environ.get("ILORA_BENCH_IMAGE", "host")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from core import artefacts, config, metrics, stages
+from core import artefacts, config, metrics, pipeline
 from core.artefacts import Store
 from core.observe import Observer
 from core.settings import Settings
 
-# `stages.prepare_process` silences these for a run; pytest sets the filters anew for each test.
+# `pipeline.prepare_process` silences these for a run; pytest sets the filters anew for each test.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 CHAIN = Path(__file__).parents[1] / "matrices" / "settings" / "chain.yaml"
@@ -32,10 +32,11 @@ def settings(*changes: str) -> Settings:
 
 def run(store: Store, given: Settings, *names: str) -> dict[str, Path]:
     """Folders of these stages, made where they are not there yet."""
-    stages.prepare_process(given)
-    planned = stages.plan(given)
+    pipeline.prepare_process(given)
+    planned = pipeline.plan(given)
     return {
-        name: stages.run_stage(name, given, store, Observer(), planned=planned)[0] for name in names
+        name: pipeline.run_stage(name, given, store, Observer(), planned=planned)[0]
+        for name in names
     }
 
 
@@ -72,7 +73,7 @@ def shuffled(source: Path, folder: Path, seed: int) -> Path:
 def test_a_teacher_that_speaks_of_others_teaches_nothing(tmp_path: Path) -> None:
     """The gain of distillation hangs on the right sample and the right item, as it should."""
     store, given = Store(tmp_path / "artefacts"), settings(*SMALL)
-    made = run(store, given, *(name for name in stages.STAGES if name != "evaluate_all"))
+    made = run(store, given, *(name for name in pipeline.STAGES if name != "evaluate_all"))
     wrong = shuffled(made["teacher_outputs"], tmp_path / "shuffled", seed=5)
     misled = settings(*SMALL, f"distill.teacher_checkpoint_path={wrong}")
     student, distilled = ranks(made["student_test"]), ranks(made["distill_test"])
@@ -89,7 +90,7 @@ def test_teacher_and_distilled_student_beat_the_baseline(tmp_path: Path) -> None
     found: dict[str, list[torch.Tensor]] = {}
     for seed in range(3):
         store, given = Store(tmp_path / "artefacts"), settings(f"seed={seed}")
-        made = run(store, given, *(name for name in stages.STAGES if name != "evaluate_all"))
+        made = run(store, given, *(name for name in pipeline.STAGES if name != "evaluate_all"))
         for name in ("student_test", "teacher_test", "distill_test"):
             found.setdefault(name, []).append(ranks(made[name]))
     pooled = {name: torch.cat(parts) for name, parts in found.items()}

@@ -23,7 +23,7 @@ distill: {max_epochs: 1}
 """
 STAGES = list(get_args(StageName))
 
-# `stages.prepare_process` silences these for a run; pytest sets the filters anew for each test.
+# `pipeline.prepare_process` silences these for a run; pytest sets the filters anew for each test.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
@@ -180,19 +180,19 @@ def test_bad_input_is_refused_before_any_work(words, message, tmp_path, monkeypa
 
 
 def test_an_interrupt_keeps_finished_stages_and_says_so(tmp_path, monkeypatch):
-    from core import stages
+    from core import pipeline, stages
 
     def interrupted(work: stages.Work) -> None:
         raise KeyboardInterrupt
 
-    node = stages.PIPELINE["student_fit"]
+    node = pipeline.PIPELINE["student_fit"]
     (tmp_path / "tiny.yaml").write_text(TINY)
     words = (tmp_path / "tiny.yaml", "prepare_data", "student_fit", "--out", tmp_path / "runs")
     with monkeypatch.context() as patch:
         patch.setitem(
-            stages.PIPELINE,
+            pipeline.PIPELINE,
             "student_fit",
-            stages.Stage(interrupted, node.needs, node.reads, node.uses),
+            pipeline.Stage(interrupted, node.needs, node.reads, node.uses),
         )
         stopped = here(*words)
     assert stopped.exit_code == 130

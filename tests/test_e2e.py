@@ -2,22 +2,20 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 
 from bench import proofs, worker
-from core import stages
 from core.config import load_settings
-from core.settings import Settings, StageName
+from core.settings import Settings
 
-# `stages.prepare_process` silences these for a run; pytest sets the filters anew for each test.
+# `pipeline.prepare_process` silences these for a run; pytest sets the filters anew for each test.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +62,8 @@ class Bench:
         return subprocess.run(
             [sys.executable, "-m", module, *map(str, words)],
             cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | chosen,
+            # No container engine, whatever this machine has.
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": "/nowhere"} | chosen,
             capture_output=True,
             text=True,
             timeout=500,
@@ -117,7 +116,9 @@ def check_records(records: list[dict[str, Any]]) -> None:
         assert 0 < record["wall_s"] < record["process_wall_s"]
         phases = record["phases"]
         assert sum(phases.values()) == pytest.approx(record["wall_s"], rel=1e-6)
-        assert phases["unaccounted"] <= 0.05 * record["wall_s"], phases
+        # Beside the share, a constant: these stages last a quarter of a second.
+        most_s = 0.05 + 0.05 * record["wall_s"]
+        assert phases["unaccounted"] <= most_s, (record["cell"], phases)
         memory = record["memory"]
         assert memory.pop("host_peak_bytes") > 50 * 2**20, "Python with torch holds more"
         assert len(memory) == 3
@@ -317,9 +318,5 @@ def test_every_death_of_the_real_worker_is_a_named_row(bench: Bench) -> None:
         assert found[cell, "teacher_fit"]["status"] == "ok", cell
         assert found[cell, "teacher_test"]["status"] == status, cell
         assert text in found[cell, "teacher_test"]["reason"], cell
-        assert re.search(rf"\| {status}\b", "|".join(row_of(bench.report, cell))), cell
+        assert row_of(bench.report, cell)[-2] == status, cell
     assert {found["baseline", stage]["status"] for stage in STAGES} == {"ok"}
-
-
-def test_the_stages_measured_here_are_stages() -> None:
-    assert set(STAGES) < set(get_args(StageName)) == set(stages.STAGES)

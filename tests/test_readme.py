@@ -15,10 +15,10 @@ from bench import run as bench_run
 from bench.matrix import cells, load_matrix
 from core import llm
 from core import run as core_run
+from core.pipeline import STAGES
 from core.settings import Source
-from core.stages import STAGES
 
-# `stages.prepare_process` silences these for a run; pytest sets the filters anew for each test.
+# `pipeline.prepare_process` silences these for a run; pytest sets the filters anew for each test.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core import artefacts, stages
+from core import artefacts, pipeline, stages
 from core.artefacts import MANIFEST, Store
 from core.config import InputError, leaves
 from core.loop import NonFiniteLoss
 from core.observe import Observer
 from core.settings import Settings
 
-# `stages.prepare_process` silences these for a run; pytest sets the filters anew for each test.
+# `pipeline.prepare_process` silences these for a run; pytest sets the filters anew for each test.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 TINY = {
@@ -51,10 +51,10 @@ def changed(settings: Settings, changes: dict) -> Settings:
 def chain(tmp_path_factory) -> tuple[Store, dict[str, Observer]]:
     """Every stage run once: the store, and what was observed."""
     store, observers = Store(tmp_path_factory.mktemp("artefacts")), {}
-    stages.prepare_process(tiny())
-    for name in stages.STAGES:
+    pipeline.prepare_process(tiny())
+    for name in pipeline.STAGES:
         observers[name] = Observer()
-        _, made = stages.run_stage(name, tiny(), store, observers[name])
+        _, made = pipeline.run_stage(name, tiny(), store, observers[name])
         assert made
     return store, observers
 
@@ -67,7 +67,7 @@ def own(chain, tmp_path) -> Store:
 
 
 def found(store: Store, stage: str, settings: Settings | None = None) -> Path:
-    folder = store.find(stage, stages.plan(settings or tiny())[stage].address)
+    folder = store.find(stage, pipeline.plan(settings or tiny())[stage].address)
     assert folder is not None, f"{stage} was not made"
     return folder
 
@@ -75,7 +75,7 @@ def found(store: Store, stage: str, settings: Settings | None = None) -> Path:
 def run(stage: str, settings: Settings, store: Store) -> tuple[Path, Observer]:
     """Make one stage now, its neighbours reused from the store."""
     observer = Observer()
-    folder, made = stages.run_stage(stage, settings, store, observer)
+    folder, made = pipeline.run_stage(stage, settings, store, observer)
     assert made, f"{stage} was reused although it was to be made"
     return folder, observer
 
@@ -108,7 +108,7 @@ def another(name: str, kind: object, value):
 def below(stage: str) -> set[str]:
     """A stage and all that build on it."""
     affected = {stage}
-    for name, node in stages.PIPELINE.items():
+    for name, node in pipeline.PIPELINE.items():
         if affected & set(node.needs):
             affected.add(name)
     return affected
@@ -119,16 +119,16 @@ GIVEN = {"teacher.rec_model_checkpoint_path", "distill.teacher_checkpoint_path"}
 
 @pytest.mark.parametrize("leaf", sorted(set(LEAVES) - GIVEN))
 def test_a_setting_moves_the_stages_that_read_it_and_no_others(leaf, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "source_files", lambda settings: [])
+    monkeypatch.setattr(pipeline, "source_files", lambda settings: [])
     settings = Settings()
     value = settings
     for part in leaf.split("."):
         value = getattr(value, part)
     other = changed(settings, {leaf: another(leaf, LEAVES[leaf], value)})
-    before, after = stages.plan(settings), stages.plan(other)
-    moved = {name for name in stages.STAGES if before[name].address != after[name].address}
+    before, after = pipeline.plan(settings), pipeline.plan(other)
+    moved = {name for name in pipeline.STAGES if before[name].address != after[name].address}
     expected: set[str] = set()
-    for name, stage in stages.PIPELINE.items():
+    for name, stage in pipeline.PIPELINE.items():
         if any(leaf == read or leaf.startswith(f"{read}.") for read in stage.reads):
             expected |= below(name)
     assert moved == expected
@@ -151,8 +151,8 @@ def test_a_setting_moves_the_stages_that_read_it_and_no_others(leaf, tmp_path, m
 )
 def test_the_first_stage_a_setting_moves(leaf, value, first):
     """Written out by hand: what a user expects to be computed again."""
-    before, after = stages.plan(tiny()), stages.plan(tiny(**{leaf: value}))
-    moved = [name for name in stages.STAGES if before[name].address != after[name].address]
+    before, after = pipeline.plan(tiny()), pipeline.plan(tiny(**{leaf: value}))
+    moved = [name for name in pipeline.STAGES if before[name].address != after[name].address]
     assert set(moved[:1]) == first
 
 
@@ -161,20 +161,20 @@ def test_a_changed_source_file_or_pipeline_moves_everything(tmp_path, monkeypatc
     rows = [f"{user},{item},{item}" for user in range(4) for item in range(5)]
     ratings.write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
     settings = tiny(**{"data.source": "csv", "data.root": str(ratings)})
-    first = stages.plan(settings)
-    assert stages.plan(settings) == first
+    first = pipeline.plan(settings)
+    assert pipeline.plan(settings) == first
     ratings.write_text(ratings.read_text() + "4,1,1\n4,2,2\n4,3,3\n")
-    second = stages.plan(settings)
-    assert all(first[name].address != second[name].address for name in stages.STAGES)
+    second = pipeline.plan(settings)
+    assert all(first[name].address != second[name].address for name in pipeline.STAGES)
     monkeypatch.setattr(artefacts, "code_digest", lambda: "edited")
-    third = stages.plan(settings)
-    assert all(second[name].address != third[name].address for name in stages.STAGES)
+    third = pipeline.plan(settings)
+    assert all(second[name].address != third[name].address for name in pipeline.STAGES)
 
 
 def test_a_missing_source_file_is_refused_while_planning(tmp_path):
     settings = tiny(**{"data.source": "csv", "data.root": str(tmp_path / "absent.csv")})
     with pytest.raises(InputError, match=r"absent\.csv"):
-        stages.plan(settings)
+        pipeline.plan(settings)
 
 
 def test_a_setting_a_stage_does_not_declare_cannot_be_read(own, monkeypatch):
@@ -185,12 +185,12 @@ def test_a_setting_a_stage_does_not_declare_cannot_be_read(own, monkeypatch):
             assert not hasattr(work.settings, hidden)
         work.settings.train.precision  # noqa: B018
 
-    node = stages.PIPELINE["student_fit"]
+    node = pipeline.PIPELINE["student_fit"]
     monkeypatch.setitem(
-        stages.PIPELINE, "student_fit", stages.Stage(curious, node.needs, node.reads, node.uses)
+        pipeline.PIPELINE, "student_fit", pipeline.Stage(curious, node.needs, node.reads, node.uses)
     )
     with pytest.raises(AttributeError, match="precision"):
-        stages.run_stage("student_fit", tiny(seed=1), own, Observer())
+        pipeline.run_stage("student_fit", tiny(seed=1), own, Observer())
 
 
 # ---- the chain ----
@@ -198,11 +198,11 @@ def test_a_setting_a_stage_does_not_declare_cannot_be_read(own, monkeypatch):
 
 def test_the_chain_is_complete_and_measured(chain):
     store, observers = chain
-    for name in stages.STAGES:
+    for name in pipeline.STAGES:
         manifest = artefacts.read_manifest(found(store, name))
         assert manifest["stage"] == name
         assert manifest["settings"] == tiny().model_dump(mode="json")
-        assert set(manifest["upstream"]) >= set(stages.PIPELINE[name].needs)
+        assert set(manifest["upstream"]) >= set(pipeline.PIPELINE[name].needs)
         timed = sum(manifest["phases"].values())
         assert 0 < timed <= manifest["wall_s"] + 0.01 or name == "evaluate_all"
         assert manifest["facts"] == json.loads(json.dumps(observers[name].facts))
@@ -274,8 +274,8 @@ def test_the_comparison_holds_three_models_and_paired_differences(chain):
 
 def test_unchanged_stages_are_reused(chain):
     store, _ = chain
-    for name in stages.STAGES:
-        folder, made = stages.run_stage(name, tiny(), store, Observer())
+    for name in pipeline.STAGES:
+        folder, made = pipeline.run_stage(name, tiny(), store, Observer())
         assert not made
         assert folder == found(store, name)
 
@@ -284,7 +284,7 @@ def test_a_later_change_reuses_the_stages_before_it(chain, tmp_path):
     """Finished stages may also lie in a shared, read-only store."""
     private = Store(tmp_path / "private", shared=chain[0].root)
     settings = tiny(**{"distill.lam": 0.3})
-    assert not stages.run_stage("teacher_outputs", settings, private, Observer())[1]
+    assert not pipeline.run_stage("teacher_outputs", settings, private, Observer())[1]
     folder, _ = run("distill_fit", settings, private)
     assert folder.parent == private.root
     assert folder.name not in {path.name for path in chain[0].root.iterdir()}
@@ -308,15 +308,15 @@ def weights(folder: Path) -> bytes:
 )
 def test_settings_a_stage_uses_but_does_not_read_change_nothing_it_makes(own, stage, leaf, value):
     """They are not part of the address, so the artefacts must be equal to the byte."""
-    assert leaf in stages.PIPELINE[stage].uses
+    assert leaf in pipeline.PIPELINE[stage].uses
     expected = found(own, stage)
     before = {name: (expected / name).read_bytes() for name in ("history.json", "steps.jsonl")}
     before["weights"] = weights(expected)
     shutil.rmtree(expected)
     settings = tiny(**{leaf: value})
-    for need in stages.required([stage], settings):
+    for need in pipeline.required([stage], settings):
         # Teachers do read these settings; theirs stands in under its new address.
-        address = stages.plan(settings)[need].address
+        address = pipeline.plan(settings)[need].address
         if own.find(need, address) is None:
             shutil.copytree(found(own, need), own.root / f"{need}-{address}")
     folder, observer = run(stage, settings, own)
@@ -383,7 +383,7 @@ def test_other_distillations_run_through_and_are_tested_as_trained(own, distill)
     assert np.isfinite(fitted.loss_trace()).all()
     _, tested = run("distill_test", settings, own)
     model, vectors = stages.load_sasrec(
-        folder / "best", prepared(own), settings, stages.choose_device(settings)
+        folder / "best", prepared(own), settings, pipeline.choose_device(settings)
     )
     score = stages.student.scorer(model, settings.student, settings.eval.batch_size, vectors)
     again, _ = stages.ranking.evaluate(score, prepared(own), "validation", settings.eval)
@@ -404,50 +404,50 @@ def test_a_damaged_file_before_a_stage_is_refused(own):
     content[-1] ^= 1
     victim.write_bytes(bytes(content))
     with pytest.raises(InputError, match=r"best/model\.safetensors: contents differ"):
-        stages.run_stage("teacher_fit", tiny(**{"train.lr": 0.1}), own, Observer())
+        pipeline.run_stage("teacher_fit", tiny(**{"train.lr": 0.1}), own, Observer())
 
 
 def test_a_missing_file_before_a_stage_is_refused(own):
     (found(own, "teacher_outputs") / "outputs" / "scores.npy").unlink()
     with pytest.raises(InputError, match=r"outputs/scores\.npy: missing"):
-        stages.run_stage("distill_fit", tiny(**{"distill.lam": 0.1}), own, Observer())
+        pipeline.run_stage("distill_fit", tiny(**{"distill.lam": 0.1}), own, Observer())
 
 
 def test_a_stage_that_has_not_run_is_named(tmp_path):
     with pytest.raises(InputError, match="student_fit: needs prepare_data, which has not run"):
-        stages.run_stage("student_fit", tiny(), Store(tmp_path), Observer())
+        pipeline.run_stage("student_fit", tiny(), Store(tmp_path), Observer())
     assert not list(tmp_path.iterdir()), "nothing is begun"
 
 
 def test_required_names_what_comes_before_in_order():
-    assert stages.required(["prepare_data"], tiny()) == []
-    assert stages.required(["teacher_test"], tiny()) == [
+    assert pipeline.required(["prepare_data"], tiny()) == []
+    assert pipeline.required(["teacher_test"], tiny()) == [
         "prepare_data",
         "student_fit",
         "teacher_fit",
     ]
-    assert stages.required(["teacher_fit", "teacher_test"], tiny()) == [
+    assert pipeline.required(["teacher_fit", "teacher_test"], tiny()) == [
         "prepare_data",
         "student_fit",
     ]
-    assert stages.required(["evaluate_all"], tiny()) == list(stages.STAGES[:-1])
+    assert pipeline.required(["evaluate_all"], tiny()) == list(pipeline.STAGES[:-1])
 
 
 def test_an_interrupted_stage_is_no_artefact_and_runs_again(own, monkeypatch):
-    settings, node = tiny(seed=1), stages.PIPELINE["student_fit"]
+    settings, node = tiny(seed=1), pipeline.PIPELINE["student_fit"]
 
     def interrupted(work: stages.Work) -> None:
         (work.folder / "half").write_text("of a file")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        broken = stages.Stage(interrupted, node.needs, node.reads, node.uses)
-        patch.setitem(stages.PIPELINE, "student_fit", broken)
+        broken = pipeline.Stage(interrupted, node.needs, node.reads, node.uses)
+        patch.setitem(pipeline.PIPELINE, "student_fit", broken)
         with pytest.raises(KeyboardInterrupt):
-            stages.run_stage("student_fit", settings, own, Observer())
-    assert own.find("student_fit", stages.plan(settings)["student_fit"].address) is None
+            pipeline.run_stage("student_fit", settings, own, Observer())
+    assert own.find("student_fit", pipeline.plan(settings)["student_fit"].address) is None
     with pytest.raises(InputError, match="needs student_fit"):
-        stages.run_stage("student_test", settings, own, Observer())
+        pipeline.run_stage("student_test", settings, own, Observer())
     folder, _ = run("student_fit", settings, own)
     assert artefacts.read_manifest(folder)["stage"] == "student_fit"
 
@@ -455,8 +455,8 @@ def test_an_interrupted_stage_is_no_artefact_and_runs_again(own, monkeypatch):
 def test_a_training_that_diverges_is_no_artefact(own):
     settings = tiny(**{"student.lr": 1e30, "student.max_epochs": 3})
     with pytest.raises(NonFiniteLoss, match=r"step \d+: training loss is"):
-        stages.run_stage("student_fit", settings, own, Observer())
-    assert own.find("student_fit", stages.plan(settings)["student_fit"].address) is None
+        pipeline.run_stage("student_fit", settings, own, Observer())
+    assert own.find("student_fit", pipeline.plan(settings)["student_fit"].address) is None
 
 
 def test_teacher_outputs_go_on_where_an_interrupted_run_stopped(own, monkeypatch):
@@ -480,7 +480,7 @@ def test_teacher_outputs_go_on_where_an_interrupted_run_stopped(own, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(stages.teacher, "infer", stopping)
         with pytest.raises(KeyboardInterrupt):
-            stages.run_stage("teacher_outputs", tiny(), own, Observer())
+            pipeline.run_stage("teacher_outputs", tiny(), own, Observer())
     monkeypatch.setattr(stages.teacher, "infer", counting)
     folder, observer = run("teacher_outputs", tiny(), own)
     rows = len(np.load(folder / "outputs" / "log_sum_exp.npy"))
@@ -500,7 +500,7 @@ def test_a_named_student_replaces_the_stage_that_makes_it(own, tmp_path):
     shutil.copytree(found(own, "student_fit"), given)
     shutil.rmtree(found(own, "student_fit"))
     settings = tiny(**{"teacher.rec_model_checkpoint_path": str(given)})
-    assert stages.required(["teacher_fit"], settings) == ["prepare_data"]
+    assert pipeline.required(["teacher_fit"], settings) == ["prepare_data"]
     folder, _ = run("teacher_fit", settings, own)
     run("teacher_test", settings, own)
     # The same student from another place: the same teacher.
@@ -512,8 +512,8 @@ def test_a_named_student_replaces_the_stage_that_makes_it(own, tmp_path):
 def test_another_named_student_makes_another_teacher(own, tmp_path):
     other, _ = run("student_fit", tiny(seed=5), own)
     settings = tiny(**{"teacher.rec_model_checkpoint_path": str(other)})
-    own_address = stages.plan(tiny())["teacher_fit"].address
-    assert stages.plan(settings)["teacher_fit"].address != own_address
+    own_address = pipeline.plan(tiny())["teacher_fit"].address
+    assert pipeline.plan(settings)["teacher_fit"].address != own_address
     folder, _ = run("teacher_fit", settings, own)
     assert (folder / "steps.jsonl").read_text() != (
         found(own, "teacher_fit") / "steps.jsonl"
@@ -524,7 +524,7 @@ def test_named_teacher_outputs_replace_the_stage_that_makes_them(own, tmp_path):
     given = tmp_path / "my-outputs"
     shutil.copytree(found(own, "teacher_outputs"), given)
     settings = tiny(**{"distill.teacher_checkpoint_path": str(given)})
-    assert stages.required(["distill_fit"], settings) == ["prepare_data"]
+    assert pipeline.required(["distill_fit"], settings) == ["prepare_data"]
     folder, _ = run("distill_fit", settings, own)
     assert weights(folder) == weights(found(own, "distill_fit"))
 
@@ -541,29 +541,29 @@ def test_a_folder_that_cannot_serve_is_refused_before_any_work(own, tmp_path, le
     folders = [tmp_path / name for name in ("absent", "empty", "damaged", "no-manifest-of-ours")]
     for folder in [*folders, found(own, "student_test")]:
         with pytest.raises(InputError, match=str(folder)):
-            stages.plan(tiny(**{leaf: str(folder)}))
-    stages.plan(tiny(**{leaf: str(wanted)}))
+            pipeline.plan(tiny(**{leaf: str(folder)}))
+    pipeline.plan(tiny(**{leaf: str(wanted)}))
 
 
 def test_a_student_of_another_size_is_refused(own, tmp_path):
     other, _ = run("student_fit", tiny(**{"student.hidden_size": 8}), own)
     settings = tiny(**{"teacher.rec_model_checkpoint_path": str(other)})
     with pytest.raises(InputError, match="does not fit the student settings"):
-        stages.run_stage("teacher_fit", settings, own, Observer())
+        pipeline.run_stage("teacher_fit", settings, own, Observer())
 
 
 def test_a_device_that_is_not_there_is_bad_input():
     if not stages.torch.cuda.is_available():
         with pytest.raises(InputError, match="torch sees no CUDA device"):
-            stages.choose_device(tiny(**{"machine.device": "cuda"}))
-    assert stages.choose_device(tiny()).type == "cpu"
+            pipeline.choose_device(tiny(**{"machine.device": "cuda"}))
+    assert pipeline.choose_device(tiny()).type == "cpu"
 
 
 def test_the_image_is_what_the_container_says(monkeypatch):
     monkeypatch.delenv("ILORA_BENCH_IMAGE", raising=False)
-    assert stages.image() == "host"
+    assert pipeline.image() == "host"
     monkeypatch.setenv("ILORA_BENCH_IMAGE", "cu118")
-    assert stages.image() == "cu118"
+    assert pipeline.image() == "cu118"
 
 
 # ---- the store by itself ----

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from bench import deaths, records, worker
-from core import stages
+from core import pipeline, stages
 from core.loop import NonFiniteLoss
 
-# `stages.prepare_process` silences these for a run; pytest sets the filters anew for each test.
+# `pipeline.prepare_process` silences these for a run; pytest sets the filters anew for each test.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 SETTINGS = {
@@ -74,9 +74,9 @@ class Order:
             with work.observer.phase("evaluation"):
                 raise error
 
-        node = stages.PIPELINE[stage]
-        broken = stages.Stage(raising, node.needs, node.reads, node.uses)
-        self.monkeypatch.setitem(stages.PIPELINE, stage, broken)
+        node = pipeline.PIPELINE[stage]
+        broken = pipeline.Stage(raising, node.needs, node.reads, node.uses)
+        self.monkeypatch.setitem(pipeline.PIPELINE, stage, broken)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_stages_finished_before_a_failure_stay(order: Order) -> None:
 
 def test_the_place_of_a_failure_is_not_that_of_the_stage_before(order: Order) -> None:
     """A stage that dies before its first phase has no phase of another stage."""
-    order.monkeypatch.setattr(stages.artefacts, "read_manifest", refuse_after("teacher_fit"))
+    order.monkeypatch.setattr(pipeline.artefacts, "read_manifest", refuse_after("teacher_fit"))
     _, lines = order.run()
     failure = lines[-1]
     assert (failure["stage"], failure["phase"]) == ("teacher_test", "begin")
