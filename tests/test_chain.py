@@ -94,12 +94,14 @@ def test_a_teacher_that_speaks_of_others_teaches_nothing(store: Store, tmp_path:
 
 def test_rankings_of_the_wrong_samples_do_harm(store: Store, tmp_path: Path) -> None:
     """Sample alignment alone: no item embeddings, only the teacher's ranking of each sample."""
-    ranking_only = (*SMALL, "distill.ed_weight=0")
+    ranking_only = (*SMALL, "distill.ed_weight=0", "distill.lam=4", "distill.gamma_position=1")
     given = settings(*ranking_only)
     made = run(store, given, *(name for name in pipeline.STAGES if name != "evaluate_all"))
     wrong = shuffled(made["teacher_outputs"], tmp_path / "shuffled", 5, items_too=False)
     misled = settings(*ranking_only, f"distill.teacher_checkpoint_path={wrong}")
     astray = ranks(run(store, misled, "distill_fit", "distill_test")["distill_test"])
+    # Seed 0 gave +0.02, -0.04 and +0.06, each ± 0.02; seed 1 +0.02, 0.00 and +0.02.
+    assert gain(astray, ranks(made["student_test"]))[0] <= 0
     assert gain(ranks(made["distill_test"]), astray)[0] > 0
 
 
