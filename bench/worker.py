@@ -1,7 +1,9 @@
 """The child process: one cell, one repeat, a record line for each stage (see bench/README.md)."""
 
+import gc
 import json
 import math
+import os
 import sys
 import time
 from datetime import UTC, datetime
@@ -80,12 +82,14 @@ def status_of(error: Exception) -> str | None:
 def work(cell: dict[str, Any], lines: Lines) -> None:
     """Set-up (`prepare`) or measurement of one cell."""
     settings = Settings.model_validate(cell["settings"])
+    gc.disable()  # thousands of modules are about to load: collecting costs a second, frees nothing
     from core import pipeline
     from core.artefacts import Store
 
+    gc.enable()
     pipeline.prepare_process(settings)
     shared = Path(cell["shared_artefacts"])
-    lines.write("start", time_s=time.time(), pid=process_id(), machine=process_facts(settings))
+    lines.write("start", time_s=time.time(), pid=os.getpid(), machine=process_facts(settings))
     planned = pipeline.plan(settings)
     if cell["prepare"]:
         store = Store(shared)
@@ -163,12 +167,6 @@ def listening(lines: Lines, clock: Any = None) -> Any:
     return Observer(on_step, on_phase)
 
 
-def process_id() -> int:
-    import os
-
-    return os.getpid()
-
-
 def process_facts(settings: Settings) -> dict[str, Any]:
     """What this very process runs on: the versions loaded, not those asked for."""
     import platform
@@ -194,4 +192,9 @@ def process_facts(settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Every record is on the disk. Taking an interpreter full of torch apart takes most of a second
+    # that belongs to no stage, and nobody waits for what it frees.
+    os._exit(status)
