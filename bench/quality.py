@@ -43,6 +43,11 @@ def user_gains(records: Sequence[Mapping[str, Any]], metric: str) -> list[float]
     return [math.fsum(map(gain, ranks)) / len(ranks) for ranks in zip(*lists, strict=True)]
 
 
+def last_ranks(records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The ranks of the newest record that has some."""
+    return next((r["ranks"] for r in reversed(records) if r.get("ranks")), [])
+
+
 def guard(low: float, high: float) -> str:
     """Non-inferiority in one word, from the interval of a difference."""
     if high < -MARGIN:
@@ -66,7 +71,12 @@ def compare(
         if other is None or len(other) != len(mine):
             rows.append(Quality(cell, stage, metric, value, count=len(mine)))
             continue
-        mean, low, high = mean_interval([a - b for a, b in zip(mine, other, strict=True)])
+        gaps = [a - b for a, b in zip(mine, other, strict=True)]
+        mean, low, high = mean_interval(gaps)
+        if not any(gaps) and last_ranks(ours) != last_ranks(theirs):
+            # Other scores, yet no user's gain moved: that bounds how often one would (rule of
+            # three, 95 %), it does not make the models equal.
+            low, high = -3 / len(gaps), 3 / len(gaps)
         rows.append(
             Quality(cell, stage, metric, value, mean, low, high, len(mine), guard(low, high))
         )

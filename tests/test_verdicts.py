@@ -23,7 +23,7 @@ from bench.figures import TOTAL, stage_figures, steady_figure
 from bench.findings import trends
 from bench.intervals import ALPHA, MIN_BLOCKS, Effect, decide, holm_levels, mean_interval, paired
 from bench.matrix import Matrix, cells
-from bench.quality import guard
+from bench.quality import compare, guard
 from bench.verdicts import judge
 
 FLOOR = 0.02
@@ -391,3 +391,24 @@ def test_holm_widens_the_intervals_of_a_larger_matrix(judged):
     narrow = alone.tables[FIT][1]
     assert narrow.ratio == pytest.approx(wide.ratio)
     assert narrow.high - narrow.low < wide.high - wide.low
+
+
+def quality_record(ranks: list[float]) -> dict:
+    return {"ranks": ranks, "block": 1, "metrics": {}}
+
+
+@pytest.mark.parametrize(("users", "call"), [(50, "open"), (1000, "not worse")])
+def test_no_hit_in_either_model_is_little_evidence_with_few_users(users, call):
+    """Fifty users without a hit are no proof that a cell is as good."""
+    base = [quality_record([100.0 + i for i in range(users)])]
+    cell = [quality_record([90.0 + i for i in range(users)])]
+    found = compare("c", "teacher_test", cell, base)
+    recall = next(q for q in found if q.metric == "recall@10")
+    assert (recall.difference, recall.call) == (0.0, call)
+    assert recall.high == pytest.approx(3 / users)
+
+
+def test_equal_ranks_are_the_same_model():
+    base = [quality_record([100.0, 200.0, 3.0])]
+    same = compare("c", "teacher_test", base, base)
+    assert {(q.low, q.high, q.call) for q in same} == {(0.0, 0.0, "not worse")}
