@@ -1,5 +1,4 @@
-"""iLoRA: a per-user gate over LoRA's rank slices, inside unmodified peft layers; adapter-only
-checkpoints.
+"""iLoRA: a per-user gate over LoRA's rank slices, inside unmodified peft layers.
 
 Shapes: B users, D width of the SASRec state, K experts, R LoRA rank, M tokens of a batch (padding
 included).
@@ -15,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -122,7 +121,8 @@ class RankGate:
                 f"activations {tuple(output.shape)}: expanded batches (beams) must repeat "
                 "their factors"
             )
-        self.calls += 1
+        if not torch.compiler.is_compiling():  # traced, not called
+            self.calls += 1
         # Some backbones flatten (B, T, d) to (B·T, d) before a layer; both have a row for each
         # token.
         return output * self.factor_MR.view_as(output).to(output.dtype)
@@ -138,6 +138,23 @@ def token_factors(gate_BK: Tensor, lengths_B: Tensor, width: int, rank: int) -> 
     factor_BR = (gate_BK * experts).repeat_interleave(rank // experts, 1)
     real_BT = torch.arange(width, device=gate_BK.device) < lengths_B[:, None]
     return (factor_BR[:, None] * real_BT[..., None]).flatten(0, 1)
+
+
+def recompute_layers(backbone: nn.Module, settings: TeacherSettings, gate: RankGate) -> str | None:
+    """Have layers recomputed in backward if the settings say so or, left to peft, if it does.
+
+    Returns who switched it on: "setting", "peft" or None. peft's preparation of a 4-bit backbone
+    also holds its norms, embeddings and biases in fp32.
+    """
+    # Never reentrant: its inner backwards would each walk into the graph of the one router.
+    options = {"use_reentrant": False, "context_fn": gate.recompute_context}
+    if settings.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable(options)
+    elif settings.gradient_checkpointing is None and settings.adapter == "qlora":
+        prepare_model_for_kbit_training(backbone, gradient_checkpointing_kwargs=options)
+    if not any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
+        return None
+    return "setting" if settings.gradient_checkpointing else "peft"
 
 
 def add_adapters(backbone: nn.Module, settings: TeacherSettings, gate: RankGate) -> PeftModel:

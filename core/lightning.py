@@ -1,24 +1,32 @@
 """The same `Fit` under pytorch_lightning (`train.trainer: lightning`).
 
-Lightning does the backward, the accumulation, the clipping, the scaling of fp16-mixed and the
+Lightning does the backward, the accumulation, the clipping, the scaling of fp16 losses and the
 scheduler; autocast, batches, validation and checkpoints are those of `core.loop`, so both trainers
 give the same losses to the bit.
+
+Several devices (`core.ranks`): each process takes its rows of every micro-batch and the gradients
+are averaged, so losses and weights are those of one process but for rounding. Rank 0 alone
+validates, saves and reports.
 """
 
 import logging
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from core.loop import BestSoFar, Fit, autocast, delivered, end_epoch, loader, mean_loss
+from core.loop import SCALED, BestSoFar, Fit, autocast, delivered, end_epoch, loader, mean_loss
 from core.observe import Observer
+from core.ranks import Group, facts, joined, visible
 
 
 def fit_lightning(fit: Fit, observer: Observer) -> None:
@@ -26,18 +34,25 @@ def fit_lightning(fit: Fit, observer: Observer) -> None:
 
     Raises NonFiniteLoss.
     """
-    observer.facts.update(trainer="lightning")
-    with observer.phase("train_steps"):
+    observer.facts.update(trainer="lightning", visible_devices=visible(fit.device))
+    with ExitStack() as stack:
+        if fit.group.size > 1:
+            with observer.phase("set_up"):
+                stack.enter_context(joined(fit.group, fit.device))
+        stack.enter_context(observer.phase("train_steps"))
         shell = Shell(fit, observer)
         trainer = _trainer(fit)
         with shell.observed, _Interruptible(), warnings.catch_warnings():
+            # The newer name is unknown to torch 2.5.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated.*")
             # Lightning's own use of a name torch has renamed, once for each batch.
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-            # In fp16-mixed the first steps are left out until the scale fits; that is no mistake.
+            # In fp16 the first steps are left out until the scale fits; that is no mistake.
             warnings.filterwarnings("ignore", message=".*before `optimizer.step.*")
             trainer.fit(shell)
-    with observer.phase("checkpoint"):
-        fit.save("last")
+    if not fit.group.rank:
+        with observer.phase("checkpoint"):
+            fit.save("last")
 
 
 class Shell(pl.LightningModule):
@@ -76,10 +91,11 @@ class Shell(pl.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         if batch_idx == 0:
             self.observer.loader_processes()
+            strategy = type(self.trainer.strategy).__name__
+            self.observer.facts.update(strategy=strategy, **facts())
         self.optimizer_steps = self.trainer.global_step
         self.fit.before_step(self.optimizer_steps)
         self.observed.enter_context(self.observer.first_step())
-        # Inside Lightning's own region of fp16-mixed too: that one casts a weight anew at each use.
         with autocast(self.fit.precision, self.fit.device):
             self.loss = self.fit.loss(batch)
         return self.loss
@@ -98,8 +114,35 @@ class Shell(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.batches.close()
-        if end_epoch(self.fit, self.current_epoch, self.first_step, self.best, self.observer):
-            self.trainer.should_stop = True
+        if self.fit.group.size > 1:
+            with self.observer.phase("train_steps"):
+                self.share_losses()
+        stop = not self.fit.group.rank and end_epoch(
+            self.fit, self.current_epoch, self.first_step, self.best, self.observer
+        )
+        self.trainer.should_stop |= self.agree(stop)
+
+    def agree(self, stop: bool) -> bool:
+        """Rank 0's decision, and its random state: its validation has drawn numbers, and the
+        candidates of a loss must be the same everywhere.
+        """
+        if self.fit.group.size == 1:
+            return stop
+        device = self.fit.device
+        states = [torch.get_rng_state()]
+        if device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(device))
+        stop, states = self.trainer.strategy.broadcast((stop, states))
+        torch.set_rng_state(states[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], device)
+        return stop
+
+    def share_losses(self) -> None:
+        """Put the mean over the processes in place of each loss of the epoch; one exchange."""
+        own = torch.stack(self.observer.losses[self.first_step :])
+        dist.all_reduce(own)
+        self.observer.losses[self.first_step :] = (own / self.fit.group.size).unbind()
 
     def cpu(self) -> "Shell":
         """Stay on the device: Lightning ends every fit by moving the module to the CPU."""
@@ -133,14 +176,14 @@ def _trainer(fit: Fit) -> pl.Trainer:
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     plugins = []
-    if fit.precision == "fp16-mixed":
-        plugins.append(MixedPrecision("16-mixed", fit.device.type))
+    if fit.precision in SCALED:
+        plugins.append(LossScaling("16-mixed", fit.device.type))
         # A fused optimizer can unscale inside its step, but clipping comes before: Lightning
         # refuses the pair. This asks it to unscale first, as the loop does.
         fit.optimizer._step_supports_amp_scaling = False
     return pl.Trainer(
         accelerator=fit.device.type,
-        devices=1 if fit.device.index is None else [fit.device.index],
+        **_devices(fit),
         plugins=plugins,
         max_epochs=fit.max_epochs,
         accumulate_grad_batches=fit.accumulate_grad_batches,
@@ -153,6 +196,46 @@ def _trainer(fit: Fit) -> pl.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def _devices(fit: Fit) -> dict:
+    """The options of a trainer that choose its devices and how they share the work."""
+    if fit.group.size == 1:
+        return {"devices": 1 if fit.device.index is None else [fit.device.index]}
+    strategy = DDPStrategy(
+        cluster_environment=Ranks(fit.group),
+        broadcast_buffers=False,  # the model's never change
+        gradient_as_bucket_view=True,
+    )
+    return {"devices": fit.group.size, "strategy": strategy, "use_distributed_sampler": False}
+
+
+class Ranks(LightningEnvironment):
+    """Tells Lightning that the processes are there already, and which of them this one is."""
+
+    creates_processes_externally = True
+
+    def __init__(self, group: Group):
+        super().__init__()
+        self.group = group
+
+    def local_rank(self) -> int:
+        return self.group.rank
+
+    def node_rank(self) -> int:
+        return 0
+
+
+class LossScaling(MixedPrecision):
+    """The gradient scaler of Lightning's fp16-mixed without its autocast region.
+
+    That one casts a weight anew at each use, and fp16-true has none.
+    """
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Nothing: the step brings the loop's region."""
+        yield
 
 
 class _Interruptible:

@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Cache,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -57,9 +58,11 @@ PRESETS: dict[str, dict] = {
 
 WEIGHT_DTYPES = {
     "fp32": torch.float32,
+    "tf32": torch.float32,
     "bf16-mixed": torch.bfloat16,
     "bf16-true": torch.bfloat16,
     "fp16-mixed": torch.float16,
+    "fp16-true": torch.float16,
 }
 """How the frozen backbone is stored. Mixed forms keep fp32 for what is trained; a frozen weight
 needs no master.
@@ -98,20 +101,21 @@ def load_backbone(
             torch.manual_seed(seed)
             model = AutoModel.from_config(config, **common)
         if settings.adapter == "qlora":
-            _quantise(model, dtype)
+            _quantise(model, dtype, settings.bnb_4bit_use_double_quant)
             model.to(device)
     else:
         if settings.adapter == "qlora":
             common["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
             )
         model = _hub(
             AutoModel.from_pretrained, name, config=config, device_map={"": device}, **common
         )
     model.requires_grad_(False)
-    model.config.use_cache = (
-        False  # one forward for each row: a cache would be written and never read
-    )
+    model.config.use_cache = False  # the default of calls that do not say; ours do
     _keep_autograd_on_cpu(model)
     return model
 
@@ -122,26 +126,53 @@ def preset_config(name: str) -> PretrainedConfig:
     return AutoConfig.for_model(shape.pop("model_type"), **shape)
 
 
-def four_bit_layers(model: nn.Module) -> int:
+def four_bit_layers(model: nn.Module) -> list[nn.Module]:
     """Linear layers whose weights are really held in 4 bit."""
     # peft's wrapper bears the same class name and shows its base layer's weight: not a layer.
-    return sum(
-        type(module).__name__ == "Linear4bit"
+    return [
+        module
+        for module in model.modules()
+        if type(module).__name__ == "Linear4bit"
         and "weight" in module._parameters
         and module.weight.dtype == torch.uint8
-        for module in model.modules()
-    )
+    ]
+
+
+def quantisation(model: nn.Module) -> dict | None:
+    """How the 4-bit layers hold their weights, read off their state; None without such layers.
+
+    `double`: the constants of the blocks are quantised too. Layers that differ give "mixed".
+    """
+    layers = four_bit_layers(model)
+    if not layers:
+        return None
+    found = {
+        "quant_type": {layer.weight.quant_state.quant_type for layer in layers},
+        "double": {layer.weight.quant_state.nested for layer in layers},
+        "compute_dtype": {str(layer.compute_dtype).removeprefix("torch.") for layer in layers},
+    }
+    return {name: values.pop() if len(values) == 1 else "mixed" for name, values in found.items()}
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values a cache holds."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def fingerprint(settings: TeacherSettings, model: PreTrainedModel, precision: str) -> dict:
     """What identifies the frozen base of an adapter: checked when a checkpoint is loaded."""
-    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
+    # The library's version is no part of the model: images and host carry different ones.
+    noise = {"transformers_version"}
+    config = model.config.to_dict()
+    config = {k: v for k, v in config.items() if not k.startswith("_") and k not in noise}
     text = json.dumps(config, sort_keys=True, default=str)
     return {
         "llm_model_name": settings.llm_model_name,
         "revision": getattr(model.config, "_commit_hash", None),
         "adapter": settings.adapter,
         "dtype": str(WEIGHT_DTYPES[precision]).removeprefix("torch."),
+        "quant": quantisation(model),
         "config": hashlib.sha256(text.encode()).hexdigest()[:16],
         "weights": _weights_digest(model),
     }
@@ -156,7 +187,7 @@ def _weights_digest(model: nn.Module) -> str:
     return hashlib.sha256(sample.tobytes()).hexdigest()[:16]
 
 
-def _quantise(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+def _quantise(model: PreTrainedModel, compute_dtype: torch.dtype, double: bool) -> None:
     """Put bitsandbytes NF4 layers in place of a random model's linears (`from_pretrained` does it
     for stored ones).
     """
@@ -171,12 +202,11 @@ def _quantise(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
                 layer.out_features,
                 bias=layer.bias is not None,
                 compute_dtype=compute_dtype,
-                compress_statistics=False,
+                compress_statistics=double,
                 quant_type="nf4",
             )
-            # Plain NF4 like the stored path: double quantisation is off there by default.
             packed.weight = bnb.nn.Params4bit(
-                layer.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4"
+                layer.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4"
             )
             packed.bias = layer.bias
             setattr(parent, name, packed)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from core.observe import Observer
+from core.ranks import ALONE, Group, facts
 
 
 class NonFiniteLoss(RuntimeError):
@@ -51,18 +52,69 @@ class Fit:
     monitor: str = "ndcg@10"
     before_step: Callable[[int], None] = lambda optimizer_steps: None
     """Called before each micro-batch with the optimizer steps done so far."""
+    group: Group = ALONE
+    """The processes that train it; more than one under Lightning only."""
     history: list[dict[str, float]] = field(default_factory=list)
+
+
+SCALED = ("fp16-mixed", "fp16-true")
+"""Precisions whose loss is scaled up for the backward: small float16 gradients would vanish."""
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Round the factors of fp32 matrix products to TF32 inside the block, or for every precision
+    but `tf32` forbid it.
+    """
+    # torch refuses a mixture of this switch and its newer ones: nothing else here touches them.
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """The autocast region of a precision setting: mixed forms only, the others run in the weights'
     dtype.
     """
-    if precision not in ("bf16-mixed", "fp16-mixed"):
+    if not precision.endswith("-mixed"):
         return contextlib.nullcontext()
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
-    # The default is what an outer region has set, and Lightning's for fp16-mixed has no cache.
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=True)
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; float16 parameters are trained through fp32 copies, which get their gradients too."""
+    # In float16 the squares of most gradients and AdamW's eps are zero, and a GradScaler will not
+    # unscale float16 gradients. So the classic recipe: fp32 master weights and a scaled loss
+    # (Micikevicius et al., Mixed Precision Training, ICLR 2018).
+    parameters = list(parameters)
+    halves = [p for p in parameters if p.dtype == torch.float16]
+    masters = {p: _master(p) for p in halves}
+    optimizer = torch.optim.AdamW(
+        [masters.get(p, p) for p in parameters], lr=lr, weight_decay=weight_decay, fused=True
+    )
+
+    def write_back(*_: Any) -> None:
+        for parameter in halves:
+            parameter.data.copy_(masters[parameter].data)
+
+    optimizer.register_step_post_hook(write_back)
+    return optimizer
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """An fp32 copy that takes over each gradient of the parameter as soon as it is known."""
+    master = nn.Parameter(parameter.detach().float())
+
+    def hand_over(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad.float(), None
+        master.grad = gradient if master.grad is None else master.grad + gradient
+
+    parameter.register_post_accumulate_grad_hook(hand_over)
+    return master
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -145,10 +197,10 @@ def mean_loss(losses: list[Tensor], first_step: int) -> float:
 
 def fit_loop(fit: Fit, observer: Observer) -> None:
     """Train `fit.model` with the plain loop; `fit.save` holds "best" and "last" afterwards."""
-    scaler = torch.amp.GradScaler(fit.device.type, enabled=fit.precision == "fp16-mixed")
+    scaler = torch.amp.GradScaler(fit.device.type, enabled=fit.precision in SCALED)
     best = BestSoFar(fit)
     optimizer_steps = 0
-    observer.facts.update(trainer="loop")
+    observer.facts.update(trainer="loop", **facts())
     for epoch in range(fit.max_epochs):
         first = len(observer.losses)
         with observer.phase("train_steps"):

@@ -8,14 +8,17 @@ two.
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GEMMS = {"mm", "addmm", "bmm", "baddbmm", "_addmm_activation"}
+PACKED_GEMMS = {"gemm_4bit", "gemv_4bit"}  # of bitsandbytes: the factor with a dtype comes first
 # A fused operator is listed under the name its users know; the eager path shows as `_softmax`.
 ATTENTION = {
     "_scaled_dot_product_flash_attention": "scaled_dot_product_attention",
@@ -27,6 +30,32 @@ ATTENTION = {
     "_scaled_dot_product_attention_math_for_mps": "scaled_dot_product_attention",
     "_softmax": "_softmax",
 }
+
+
+def kernel_names(events: Iterable) -> list[str]:
+    """Names of the kernels among a profiler's events; copies and fills of memory are none."""
+    return sorted(
+        {
+            event.name
+            for event in events
+            if event.device_type == DeviceType.CUDA
+            and not getattr(event, "is_user_annotation", False)
+            and not event.name.startswith(("Memcpy", "Memset"))
+        }
+    )
+
+
+@contextmanager
+def profiled_kernels(on_gpu: bool) -> Iterator[dict[str, list[str]]]:
+    """The fact `gpu_kernels` of the block, filled in at its end; on a CPU it stays empty."""
+    facts: dict[str, list[str]] = {}
+    if not on_gpu:
+        yield facts
+        return
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        yield facts
+        torch.cuda.synchronize()  # what is still in the queue belongs to the block
+    facts["gpu_kernels"] = kernel_names(profiler.events())
 
 
 @dataclass(frozen=True)
@@ -66,6 +95,8 @@ class Census(TorchDispatchMode):
                 # The last two tensor operands are the product's; an addmm's first is the bias.
                 factors = [a for a in args if isinstance(a, torch.Tensor)][-2:]
                 self.gemm_dtypes[_name(factors[-1].dtype)] += 1
+            elif name in PACKED_GEMMS:
+                self.gemm_dtypes[_name(args[0].dtype)] += 1
             if name in ATTENTION:
                 self.attention_ops[ATTENTION[name]] += 1
             elif "flash_attn" in str(func):
@@ -96,6 +127,14 @@ class Observer:
         self.loader_wait_s = 0.0
         self.probes: dict[str, Callable[[], object]] = {}
         """Facts read once, when the observed step (forward and backward) has ended."""
+        self.cache_read = False
+        """Whether any forward of the backbone was given a cache to read."""
+        self.uncompiled: Callable[[], AbstractContextManager] = nullcontext
+        """Entered around the observed step: the census cannot see into compiled code."""
+        self.learnt: Callable[[], dict[str, float]] = dict
+        """What a phase that may last has found out so far; another thread may ask."""
+        self.until_end = ExitStack()
+        """Contexts of the stage, closed by whoever runs it."""
         self._open: list[list] = []
         self._census: Census | None = None
 
@@ -157,16 +196,21 @@ class Observer:
 
         with (
             self.phase("observed_step"),
+            self.uncompiled(),
+            profiled_kernels(self._device_type() == "cuda") as kernels,
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             Census() as self._census,
         ):
             yield
+            float32_matmul_precision = torch.get_float32_matmul_precision()
         census, self._census = self._census, None
         self.facts.update(
             operators=census.operators,
             gemm_dtypes=dict(census.gemm_dtypes),
             attention_ops=dict(census.attention_ops),
             saved_bytes=saved["bytes"],
+            float32_matmul_precision=float32_matmul_precision,
+            **kernels,
             **{name: probe() for name, probe in self.probes.items()},
         )
 
@@ -179,13 +223,28 @@ class Observer:
             yield
             return
         self._census.inside_backbone = True
-        kind = torch.device(self.facts.get("device", "cpu")).type
+        kind = self._device_type()
         on = torch.is_autocast_enabled(kind)
         self.facts["autocast_dtype"] = _name(torch.get_autocast_dtype(kind)) if on else None
         try:
             yield
         finally:
             self._census.inside_backbone = False
+
+    def backbone_call(self, module: torch.nn.Module, args: tuple, given: dict) -> None:
+        """Forward pre-hook of the backbone: what it is really given; facts in the observed step."""
+        if given.get("past_key_values") is not None:
+            self.cache_read = True
+            if self.facts.get("cache"):
+                self.facts["cache"]["read"] = True
+        if self._census is not None and self._census.inside_backbone:
+            for name in ("inputs_embeds", "attention_mask"):
+                tensor = given.get(name)
+                self.facts[name] = None if tensor is None else _shape_and_dtype(tensor)
+            self.facts["grad_enabled"] = torch.is_grad_enabled()
+
+    def _device_type(self) -> str:
+        return torch.device(self.facts.get("device", "cpu")).type
 
     def loader_processes(self) -> None:
         """Note how many loader workers live right now (the largest number seen is the fact)."""
@@ -203,6 +262,10 @@ class Observer:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _shape_and_dtype(tensor: torch.Tensor) -> dict:
+    return {"shape": list(tensor.shape), "dtype": _name(tensor.dtype)}
 
 
 def parameter_dtypes(module: torch.nn.Module) -> dict[str, dict[str, int]]:

@@ -3,9 +3,11 @@
 import ctypes
 import logging
 import os
+import platform
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import torch
 from core import artefacts, stages
 from core.artefacts import Store
 from core.config import InputError
+from core.loop import float32_products
 from core.observe import Observer
 from core.readers import source_files
 from core.settings import Settings, StageName
@@ -66,12 +69,18 @@ class Planned:
     upstream: dict[str, str]
     given: dict[str, Path]
     """Upstream stages replaced by a folder the settings name."""
+    batches: int
+    """Batches of each of its phases in a short trial; 0 = all."""
 
 
-def plan(settings: Settings) -> dict[str, Planned]:
+def plan(
+    settings: Settings, fast_dev_run: int = 0, shortened: Sequence[str] = STAGES
+) -> dict[str, Planned]:
     """Addresses of all stages under these settings, in order; runs nothing.
 
-    Raises InputError when source files or named checkpoints are missing.
+    `fast_dev_run` cuts every phase of the `shortened` stages to so many batches, as in Lightning:
+    what they make has addresses of its own. `prepare_data` has no batches and stays whole. Raises
+    InputError when source files or named checkpoints are missing.
     """
     named = {
         "teacher_fit": {"student_fit": settings.teacher.rec_model_checkpoint_path},
@@ -91,8 +100,10 @@ def plan(settings: Settings) -> dict[str, Planned]:
         }
         if name == "prepare_data":
             upstream = {"sources": sources}
-        where = artefacts.address(name, settings, stage.reads, upstream)
-        planned[name] = Planned(name, where, upstream, given)
+        batches = fast_dev_run if name in shortened and name != "prepare_data" else 0
+        marked = upstream | {"fast_dev_run": str(batches)} if batches else upstream
+        where = artefacts.address(name, settings, stage.reads, marked)
+        planned[name] = Planned(name, where, upstream, given, batches)
     return planned
 
 
@@ -129,25 +140,14 @@ def run_stage(
     Raises InputError when a stage before it has not run, or its files differ from their manifest.
     """
     planned = planned or plan(settings)
-    this, stage = planned[name], PIPELINE[name]
+    this = planned[name]
     if done := store.find(name, this.address):
         return done, False
-    inputs = {}
-    for need in stage.needs:
-        folder = this.given.get(need) or store.find(need, planned[need].address)
-        if folder is None:
-            raise InputError(
-                f"{name}: needs {need}, which has not run with these settings and this code; "
-                "run it first, or all stages"
-            )
-        artefacts.read_manifest(folder)
-        inputs[need] = folder
-    device = choose_device(settings)
+    inputs = inputs_of(name, store, planned)
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.perf_counter()
-    observer.facts.update(device=str(device), image=image())
-    view: SimpleNamespace = artefacts.visible(settings, (*stage.reads, *stage.uses))
     with store.create(name, this.address) as folder:
-        stage.run(Work(view, inputs, folder, device, observer, this.upstream))
+        with at_work(this, settings, inputs, folder, observer) as work:
+            PIPELINE[name].run(work)
         with observer.phase("seal"):
             artefacts.write_manifest(
                 folder,
@@ -155,6 +155,7 @@ def run_stage(
                     "stage": name,
                     "address": this.address,
                     "upstream": this.upstream,
+                    "fast_dev_run": this.batches,
                     "settings": settings.model_dump(mode="json"),
                     "started": started,
                     "wall_s": time.perf_counter() - clock,
@@ -164,6 +165,39 @@ def run_stage(
                 },
             )
     return store.root / f"{name}-{this.address}", True
+
+
+def inputs_of(name: str, store: Store, planned: dict[str, Planned]) -> dict[str, Path]:
+    """Folders of the stages before one, every file checked against its manifest.
+
+    Raises InputError when one has not run, or its files differ.
+    """
+    inputs = {}
+    for need in PIPELINE[name].needs:
+        folder = planned[name].given.get(need) or store.find(need, planned[need].address)
+        if folder is None:
+            raise InputError(
+                f"{name}: needs {need}, which has not run with these settings and this code; "
+                "run it first, or all stages"
+            )
+        artefacts.read_manifest(folder)
+        inputs[need] = folder
+    return inputs
+
+
+@contextmanager
+def at_work(
+    this: Planned, settings: Settings, inputs: dict[str, Path], folder: Path, observer: Observer
+) -> Iterator[Work]:
+    """The order of one stage, with this process in the state the stage runs in."""
+    stage, device = PIPELINE[this.name], choose_device(settings)
+    observer.facts.update(device=str(device), image=image(), container=container())
+    observer.facts["torch_cuda"] = torch.version.cuda
+    view: SimpleNamespace = artefacts.visible(settings, (*stage.reads, *stage.uses))
+    # Only the teacher's stages read `train`: those of the students keep full fp32.
+    precision = settings.train.precision if "train" in stage.reads else "fp32"
+    with float32_products(precision), observer.until_end:
+        yield Work(view, inputs, folder, device, observer, this.upstream, this.batches)
 
 
 def choose_device(settings: Settings) -> torch.device:
@@ -197,5 +231,15 @@ def prepare_process(settings: Settings) -> None:
 
 
 def image() -> str:
-    """The container image of this process, by the variable its Dockerfile sets; else `host`."""
-    return os.environ.get("ILORA_BENCH_IMAGE", "host")
+    """Name of the image this process sees itself in, `host` outside of any.
+
+    By the variable of our Dockerfiles; other images have no name inside.
+    """
+    return os.environ.get("ILORA_BENCH_IMAGE") or ("unnamed" if container()["engine"] else "host")
+
+
+def container() -> dict[str, str | None]:
+    """Host name that this process sees and the engine whose mark it finds, None outside of any."""
+    marks = {"docker": "/.dockerenv", "podman": "/run/.containerenv"}
+    found = (engine for engine, mark in marks.items() if Path(mark).exists())
+    return {"id": platform.node(), "engine": next(found, None)}

@@ -71,6 +71,12 @@ def prompt_lengths(
     return pieces.lengths[items].sum(1) + pieces.fixed
 
 
+def longest(pieces: Pieces, queries: Queries, max_history: int, most: int) -> Queries:
+    """The `most` queries with the longest prompts: what a short trial should need memory for."""
+    lengths = prompt_lengths(pieces, queries, max_history, np.arange(len(queries)))
+    return queries.take(np.argsort(-lengths, kind="stable")[:most])
+
+
 def assemble(pieces: Pieces, queries: Queries, max_history: int, rows: np.ndarray) -> dict:
     """One batch of prompts for the given query rows.
 

@@ -37,6 +37,14 @@ class Queries:
         """(Q,) item ids asked for, int64."""
         return self.items[self.ends].astype(np.int64)
 
+    def take(self, rows: np.ndarray) -> "Queries":
+        """Some of the queries, in the order given."""
+        return Queries(self.items, self.starts[rows], self.ends[rows], self.users[rows])
+
+    def longest(self, most: int) -> "Queries":
+        """The `most` queries with the longest histories, longest first."""
+        return self.take(np.argsort(-self.lengths, kind="stable")[:most])
+
     def newest(self, rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         """The newest `most` items of some histories: ids (B, L) left-aligned, 0 on the right;
         lengths (B,).
@@ -68,14 +76,21 @@ Scorer = Callable[[Queries], Iterator[tuple[np.ndarray, Tensor]]]
 
 
 def evaluate(
-    score: Scorer, prepared: Prepared, split: str, settings: EvalSettings
+    score: Scorer,
+    prepared: Prepared,
+    split: str,
+    settings: EvalSettings,
+    most: int | None = None,
 ) -> tuple[dict, list[float]]:
     """Metrics of a split with the chance levels beside them, and the rank (from 0) of each user's
     target.
 
-    The loss is the mean cross-entropy over all items, seen ones included, as in training.
+    The loss is the mean cross-entropy over all items, seen ones included, as in training. `most`
+    leaves the users with the longest histories only, longest first.
     """
     queries = held_out(prepared, split)
+    if most is not None:
+        queries = queries.longest(most)
     ranks = torch.full((len(queries),), float("nan"))
     loss = torch.zeros((), dtype=torch.float64)
     for rows, scores_BV in score(queries):

@@ -4,6 +4,8 @@ import json
 import logging
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +16,7 @@ from rich.table import Table
 from core import config
 from core.config import InputError, did_you_mean
 from core.settings import Settings
+from core.variables import start_again_with
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False)
@@ -35,10 +38,21 @@ def main(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of runs and artefacts.")] = Path("runs"),
+    fast_dev_run: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Dry run: N batches of every phase of every stage, not kept."
+        ),
+    ] = None,
 ) -> None:
     try:
         path, names = _sort_words(words or [])
-        run(config.load_settings(path, sets or []), names, out)
+        settings = config.load_settings(path, sets or [])
+        start_again_with(settings.machine)
+        if fast_dev_run is None:
+            run(settings, names, out)
+        else:
+            dry_run(settings, names, out, fast_dev_run)
     except InputError as error:
         errors = Console(stderr=True, highlight=False)
         errors.print(str(error), style="red", markup=False, soft_wrap=True)
@@ -52,18 +66,14 @@ def run(settings: Settings, names: list[str], out: Path) -> Path:
     """Run stages in order, reusing what is there; returns the run folder. Nothing starts before all
     input is checked.
     """
-    # A note on an optional kernel, written while the library is imported.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from core import pipeline  # torch and transformers load only once the input is known to be good
+    pipeline = _pipeline()
     from core.artefacts import Store, write_json
     from core.observe import Observer
 
     pipeline.prepare_process(settings)
     planned = pipeline.plan(settings)
     pipeline.choose_device(settings)
-    wanted = (
-        [stage for stage in pipeline.STAGES if stage in names] if names else list(pipeline.STAGES)
-    )
+    wanted = [stage for stage in pipeline.STAGES if stage in names or not names]
     store = Store(out / "artefacts")
     for stage in pipeline.required(wanted, settings):
         if store.find(stage, planned[stage].address) is None:
@@ -94,6 +104,49 @@ def run(settings: Settings, names: list[str], out: Path) -> Path:
     write_json(folder / "run.json", {"stages": made})
     console.print(str(folder), markup=False, soft_wrap=True)
     return folder
+
+
+def dry_run(settings: Settings, names: list[str], out: Path, batches: int) -> None:
+    """Run stages, and all before them, with a few batches of each phase; load every checkpoint.
+
+    Nothing is kept, so the next dry run tries all of it again.
+    """
+    pipeline = _pipeline()
+    from core import reload
+    from core.artefacts import Store
+    from core.observe import Observer
+
+    pipeline.prepare_process(settings)
+    planned = pipeline.plan(settings, batches)
+    pipeline.choose_device(settings)
+    chosen = names or pipeline.STAGES
+    before = pipeline.required(chosen, settings)
+    wanted = [stage for stage in pipeline.STAGES if stage in chosen or stage in before]
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".dry-run-", dir=out) as scratch:
+        store = Store(Path(scratch), out / "artefacts")
+        for number, stage in enumerate(wanted, 1):
+            label, started = f"[{number}/{len(wanted)}] {stage}", time.perf_counter()
+            with console.status(f"{label} …"):
+                pipeline.run_stage(stage, settings, store, Observer(), planned=planned)
+                is_fit = stage.endswith("_fit")
+                if is_fit:
+                    reload.check(stage, settings, store, Observer(), planned)
+            wall_s = time.perf_counter() - started
+            found = ", its checkpoints give the model back" if is_fit else ""
+            console.print(f"{label}: {wall_s:.1f} s{found}", markup=False, soft_wrap=True)
+    console.print(
+        f"dry run: {len(wanted)} stages, {batches} batches of each phase; nothing is kept"
+    )
+
+
+def _pipeline() -> ModuleType:
+    """torch and transformers load only once the input is known to be good."""
+    # A note on an optional kernel, written while the library is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from core import pipeline
+
+    return pipeline
 
 
 def _sort_words(words: list[str]) -> tuple[Path | None, list[str]]:

@@ -4,11 +4,23 @@ Validators only reject combinations, with the reason; no value is derived here, 
 is what runs. Leaf names follow transformers, peft, Lightning and the users' own notes.
 """
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
-Precision = Literal["fp32", "bf16-mixed", "bf16-true", "fp16-mixed"]
+Precision = Literal["fp32", "tf32", "bf16-mixed", "bf16-true", "fp16-mixed", "fp16-true"]
+"""`tf32`: fp32 weights whose matrix products round to TF32; `-mixed`: autocast; `-true`: 16-bit
+weights and products."""
 StageName = Literal[
     "prepare_data",
     "student_fit",
@@ -34,6 +46,36 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Limit = Annotated[int, Field(ge=-1), AfterValidator(_not_zero)]
 """A count, or -1 for all."""
 NonNegative = Annotated[float, Field(ge=0.0)]
+IMAGES = ("host", "cu118", "cu121")
+
+
+def _image(name: str) -> str:
+    if name in IMAGES or re.fullmatch(r"[a-z0-9][\w./-]*(:[\w.-]+|@sha256:[0-9a-f]{64})", name):
+        return name
+    raise ValueError(
+        f"{name} is none of {', '.join(IMAGES)} and no image reference (name:tag or name@sha256:…)"
+    )
+
+
+def _variable(entry: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*=.*", entry, re.DOTALL):
+        raise ValueError(f"{entry} is not NAME=value")
+    return entry
+
+
+def _devices(value: Any) -> int | str:
+    if isinstance(value, str) and value.isdecimal():  # as a file's text, where text is allowed
+        value = int(value)
+    if value == "auto" or (type(value) is int and value > 0):
+        return value
+    raise PydanticKnownError("literal_error", {"expected": "'a whole number above 0', 'auto'"})
+
+
+Devices = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_devices),  # a union would name both halves in its errors
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}),
+]
 
 
 class Section(BaseModel):
@@ -111,7 +153,14 @@ class TeacherSettings(Section):
     """Hub id, local folder, or an architecture preset with random weights (`core.llm.PRESETS`)."""
     adapter: Literal["lora", "qlora"] = "lora"
     attn: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = False
+    """null leaves it to peft: `prepare_model_for_kbit_training` switches it on for 4-bit backbones
+    (and holds norms and embeddings in fp32), nothing does for others.
+    """
+    use_cache: bool = False
+    """Keep keys and values of each forward. Scoring is one forward for each row: never read."""
+    bnb_4bit_use_double_quant: bool = False
+    """`qlora` only: quantise the constants of the 4-bit blocks too."""
     lora_r: Positive = 8
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     lora_dropout: Fraction = 0.0
@@ -156,6 +205,15 @@ class TeacherSettings(Section):
                 f"lora_r {self.lora_r} is not a multiple of num_experts {self.num_experts}: "
                 "each expert owns lora_r / num_experts rank slices"
             )
+        if self.bnb_4bit_use_double_quant and self.adapter != "qlora":
+            raise ValueError(
+                "bnb_4bit_use_double_quant acts on 4-bit layers only: set teacher.adapter to qlora"
+            )
+        if self.use_cache and self.gradient_checkpointing is not False:
+            raise ValueError(
+                "use_cache: transformers drops the cache while gradient_checkpointing trains; "
+                "set one of the two to false"
+            )
         if self.distill_min_lambda > self.distill_lambda:
             raise ValueError(
                 f"distill_min_lambda {self.distill_min_lambda} is larger than "
@@ -168,7 +226,16 @@ class TrainSettings(Section):
     """How the teacher is trained; `trainer` and `num_workers` serve every fit."""
 
     trainer: Literal["loop", "lightning"] = "loop"
+    devices: Devices = 1
+    """Processes that train the teacher together, each on a device of its own (GPU, or share of the
+    CPU's cores); auto = all GPUs. They divide every micro-batch, so the training stays the same.
+    Lightning only; other fits and everything that scores use one.
+    """
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several devices share the work; auto = ddp."""
     precision: Precision = "fp32"
+    compile: Literal["off", "regional", "whole"] = "off"
+    """torch.compile of the teacher's backbone: each layer apart (`regional`) or all of it."""
     batch_size: Positive = 32
     accumulate_grad_batches: Positive = 1
     num_workers: Annotated[int, Field(ge=0)] = 0
@@ -180,6 +247,28 @@ class TrainSettings(Section):
     gradient_clip_val: NonNegative = 1.0
     """Largest gradient norm; 0 = no clipping."""
     patience: Positive = 5
+
+    @model_validator(mode="after")
+    def _devices_fit(self) -> "TrainSettings":
+        if self.devices == 1:
+            if self.strategy != "auto":
+                raise ValueError(f"strategy {self.strategy} needs train.devices above 1")
+            return self
+        if self.trainer == "loop":
+            raise ValueError(
+                f"devices {self.devices}: the plain loop drives one; set train.trainer to lightning"
+            )
+        if self.devices != "auto" and self.devices > self.batch_size:
+            raise ValueError(
+                f"devices {self.devices} is more than batch_size {self.batch_size}: the rows of a "
+                "micro-batch are divided among them"
+            )
+        if self.precision == "fp16-true":
+            raise ValueError(
+                "precision fp16-true trains fp32 copies, which get their gradients before those "
+                "of several devices are averaged; use fp16-mixed, or one device"
+            )
+        return self
 
 
 class DistillSettings(Section):
@@ -229,8 +318,25 @@ class MachineSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of torch, 0 = one for each core."""
-    image: Literal["host", "cu118", "cu121"] = "host"
-    """`host`: this interpreter; otherwise the container image built from Dockerfile.<image>."""
+    image: Annotated[str, AfterValidator(_image)] = "host"
+    """`host`: this interpreter; `cu118`, `cu121`: the image built from Dockerfile.<image>; else a
+    reference of an image that a container engine here has.
+    """
+    allocator_conf: str | None = None
+    """Options of torch's CUDA allocator (`PYTORCH_CUDA_ALLOC_CONF`); null leaves the environment's.
+    """
+    env: tuple[Annotated[str, AfterValidator(_variable)], ...] = ()
+    """Environment variables, `NAME=value` each, of the interpreter that runs."""
+
+    @model_validator(mode="after")
+    def _variables_once(self) -> "MachineSettings":
+        names = [entry.partition("=")[0] for entry in self.env]
+        if self.allocator_conf is not None:
+            names.append("PYTORCH_CUDA_ALLOC_CONF")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"env: {name} is given twice (allocator_conf sets one too)")
+        return self
 
 
 class Settings(Section):
@@ -244,3 +350,12 @@ class Settings(Section):
     distill: DistillSettings = DistillSettings()
     eval: EvalSettings = EvalSettings()
     machine: MachineSettings = MachineSettings()
+
+    @model_validator(mode="after")
+    def _layers_share_code(self) -> "Settings":
+        if self.train.compile == "regional" and self.teacher.use_cache:
+            raise ValueError(
+                "train.compile: regional compiles one layer for all, and with teacher.use_cache "
+                "each writes keys and values under its own number; use whole, or no cache"
+            )
+        return self

@@ -7,7 +7,7 @@ folder, and reports through the observer. `core.pipeline` says in which order an
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core import artefacts, data, llm, metrics, outputs, prompts, ranking, student, teacher
-from core.loop import Fit, fit_loop
+from core import (
+    artefacts,
+    checkpoints,
+    compiling,
+    data,
+    llm,
+    metrics,
+    outputs,
+    prompts,
+    ranking,
+    ranks,
+    student,
+    teacher,
+)
+from core.loop import Fit, adamw, fit_loop
 from core.observe import Observer
 from core.sasrec import SASRec
+
+PROBE = "probe.npy"
+"""Beside the checkpoints of a short trial: what the model said when it had written them."""
+PROBED_USERS = 16
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,14 @@ class Work:
     observer: Observer
     provenance: dict[str, str]
     """Addresses of the stages before this one."""
+    batches: int = 0
+    """Batches of each phase in a short trial; 0 = all."""
+    group: ranks.Group = ranks.ALONE
+    """Given to the further processes of one training."""
+
+    def most(self, batch_size: int) -> int | None:
+        """Samples of a phase in a short trial; None = all of them."""
+        return self.batches * batch_size or None
 
     def prepared(self) -> data.Prepared:
         """The prepared split."""
@@ -55,34 +80,36 @@ def student_fit(work: Work) -> None:
     settings, prepared = work.settings, work.prepared()
     torch.manual_seed(settings.seed)
     model = SASRec(prepared.num_items, settings.student).to(work.device)
+    score = student.scorer(model, settings.student, settings.eval.batch_size)
     fit = _sasrec_fit(
         work,
         model,
         prepared,
         loss=lambda batch: student.training_loss(model, batch, settings.student),
-        score=student.scorer(model, settings.student, settings.eval.batch_size),
+        score=score,
         save=lambda name: student.save_student(model, work.folder / name),
         train=settings.student,
     )
-    _run_fit(work, fit)
+    _run_fit(work, fit, lambda: probe(score, prepared, settings.eval.batch_size))
 
 
 def _sasrec_fit(work: Work, model, prepared, *, loss, score, save, train) -> Fit:
     """What both trainings of a SASRec share; `train` holds batch size, rates and patience."""
     settings = work.settings
     batches_of = settings.student.model_copy(update={"batch_size": train.batch_size})
+    most = work.most(settings.eval.batch_size)
     return Fit(
         model=model,
-        batches=lambda epoch: student.SequenceBatches(prepared, batches_of, settings.seed + epoch),
-        loss=loss,
-        validate=lambda: ranking.evaluate(score, prepared, "validation", settings.eval)[0],
-        save=save,
-        optimizer=torch.optim.AdamW(
-            model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True
+        batches=lambda epoch: student.SequenceBatches(
+            prepared, batches_of, settings.seed + epoch, work.batches or None
         ),
+        loss=loss,
+        validate=lambda: ranking.evaluate(score, prepared, "validation", settings.eval, most)[0],
+        save=save,
+        optimizer=adamw(model.parameters(), train.lr, train.weight_decay),
         device=work.device,
         precision=settings.student.precision,
-        max_epochs=train.max_epochs,
+        max_epochs=1 if work.batches else train.max_epochs,
         patience=train.patience,
         eval_every=settings.student.eval_every,
         num_workers=settings.train.num_workers,
@@ -98,7 +125,7 @@ def _test_student(work: Work, checkpoint: Path) -> None:
     settings, prepared = work.settings, work.prepared()
     model, vectors = load_sasrec(checkpoint, prepared, settings, work.device)
     score = student.scorer(model, settings.student, settings.eval.batch_size, vectors)
-    _test(work, score, prepared)
+    _test(work, score, prepared, settings.eval.batch_size)
 
 
 def load_sasrec(
@@ -115,7 +142,8 @@ def load_sasrec(
 # ---- teacher ----
 
 
-def _build_teacher(work: Work) -> tuple[teacher.Teacher, prompts.Pieces, data.Prepared]:
+def build_teacher(work: Work) -> tuple[teacher.Teacher, prompts.Pieces, data.Prepared]:
+    """The untrained teacher of these settings, the tokenised catalogue and the split."""
     settings, prepared = work.settings, work.prepared()
     with work.observer.phase("set_up"):
         torch.manual_seed(settings.seed)
@@ -127,26 +155,40 @@ def _build_teacher(work: Work) -> tuple[teacher.Teacher, prompts.Pieces, data.Pr
         tokenizer = llm.load_tokenizer(settings.teacher.llm_model_name, texts)
         pieces = prompts.tokenise(tokenizer, prepared.titles, settings.teacher.max_title_tokens)
     teacher.describe(model, work.observer)
+    work.observer.until_end.enter_context(compiling.account(model.execution, work.observer))
     return model, pieces, prepared
 
 
-def _training_queries(prepared: data.Prepared) -> ranking.Queries:
-    """Every training sample as a query; its row is its sample id."""
+def _training_queries(
+    work: Work, prepared: data.Prepared, pieces: prompts.Pieces, most: int
+) -> ranking.Queries:
+    """Every training sample as a query; its row is its sample id. A short trial has `most`."""
     users, positions = data.train_samples(prepared)
     starts = prepared.offsets[users]
-    return ranking.Queries(prepared.items, starts, starts + positions, users)
+    queries = ranking.Queries(prepared.items, starts, starts + positions, users)
+    if not work.batches:
+        return queries
+    return prompts.longest(pieces, queries, work.settings.teacher.max_history, most)
+
+
+def _micro_batches(work: Work) -> int:
+    """Micro-batches of a short trial: one at least follows the first optimizer step."""
+    return max(work.batches, work.settings.train.accumulate_grad_batches + 1)
 
 
 def teacher_fit(work: Work) -> None:
     """Train adapters, router, projector and item head on the training samples."""
+    with ranks.together(work) as group:
+        _teacher_fit(work, group)
+
+
+def _teacher_fit(work: Work, group: ranks.Group) -> None:
     settings, train, observer = work.settings, work.settings.train, work.observer
-    model, pieces, prepared = _build_teacher(work)
+    model, pieces, prepared = build_teacher(work)
     with observer.phase("set_up"):
-        queries = _training_queries(prepared)
+        queries = _training_queries(work, prepared, pieces, _micro_batches(work) * train.batch_size)
         states = teacher.encoder_states(model.encoder, queries)
-        optimizer = torch.optim.AdamW(
-            model.trainable(), lr=train.lr, weight_decay=train.weight_decay, fused=True
-        )
+        optimizer = adamw(model.trainable(), train.lr, train.weight_decay)
 
     def batches(epoch: int) -> teacher.GatedPrompts:
         return teacher.GatedPrompts(
@@ -157,10 +199,12 @@ def teacher_fit(work: Work) -> None:
             train.batch_size,
             seed=settings.seed + epoch,
             most=train.max_steps,
+            group=group,
         )
 
+    epochs = 1 if work.batches else train.max_epochs
     per_epoch = -(-len(batches(0)) // train.accumulate_grad_batches)
-    total = per_epoch * train.max_epochs
+    total = per_epoch * epochs
     weight = 0.0
 
     def before_step(optimizer_steps: int) -> None:
@@ -172,12 +216,13 @@ def teacher_fit(work: Work) -> None:
         return teacher.training_loss(model, batch, settings, weight, observer)
 
     score = teacher.scorer(model, pieces, settings, observer)
+    most = work.most(settings.teacher.inference_batch_size)
     fit = Fit(
         model=model,
         batches=batches,
         loss=loss,
-        validate=lambda: ranking.evaluate(score, prepared, "validation", settings.eval)[0],
-        save=lambda name: teacher.save_teacher(model, work.folder / name),
+        validate=lambda: ranking.evaluate(score, prepared, "validation", settings.eval, most)[0],
+        save=lambda name: checkpoints.save_teacher(model, work.folder / name),
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_linear(total)),
         before_step=before_step,
@@ -185,11 +230,12 @@ def teacher_fit(work: Work) -> None:
         precision=train.precision,
         accumulate_grad_batches=train.accumulate_grad_batches,
         gradient_clip_val=train.gradient_clip_val,
-        max_epochs=train.max_epochs,
+        max_epochs=epochs,
         patience=train.patience,
         num_workers=train.num_workers,
+        group=group,
     )
-    _run_fit(work, fit)
+    _run_fit(work, fit, lambda: probe(score, prepared, settings.teacher.inference_batch_size))
 
 
 def _warm_up_then_linear(total: int) -> Callable[[int], float]:
@@ -199,29 +245,31 @@ def _warm_up_then_linear(total: int) -> Callable[[int], float]:
 
 
 def _trained_teacher(work: Work) -> tuple[teacher.Teacher, prompts.Pieces, data.Prepared]:
-    model, pieces, prepared = _build_teacher(work)
+    model, pieces, prepared = build_teacher(work)
     with work.observer.phase("load"):
-        teacher.load_teacher(model, work.inputs["teacher_fit"] / "best")
+        checkpoints.load_teacher(model, work.inputs["teacher_fit"] / "best")
     return model, pieces, prepared
 
 
 def teacher_test(work: Work) -> None:
     """Rank the test items with the best teacher."""
     model, pieces, prepared = _trained_teacher(work)
-    _test(work, teacher.scorer(model, pieces, work.settings, work.observer), prepared)
+    score = teacher.scorer(model, pieces, work.settings, work.observer)
+    _test(work, score, prepared, work.settings.teacher.inference_batch_size)
 
 
 def teacher_outputs(work: Work) -> None:
     """Store what the teacher says on every training sample: top-k, log-sum-exp, embedding."""
     model, pieces, prepared = _trained_teacher(work)
     settings, observer = work.settings, work.observer
-    queries = _training_queries(prepared)
+    most = work.batches * settings.teacher.inference_batch_size
+    queries = _training_queries(work, prepared, pieces, most)
     kept = min(settings.teacher.outputs_top_k, prepared.num_items)
     writer = outputs.Writer(
         work.folder / "outputs",
         samples=len(queries),
         top_k=kept,
-        width=model.backbone.config.hidden_size,
+        width=model.width,
         hashes={"data": prepared.digest, "teacher": work.provenance["teacher_fit"]},
     )
     with writer, observer.phase("outputs"):
@@ -235,7 +283,16 @@ def teacher_outputs(work: Work) -> None:
             writer.write(*(column.cpu().numpy() for column in columns))
             observer.step(batch["samples"])
     with observer.phase("item_embeddings"):
-        writer.finish(teacher.item_embeddings(model, pieces))
+        writer.finish(_item_embeddings(work, model, pieces))
+
+
+def _item_embeddings(work: Work, model: teacher.Teacher, pieces: prompts.Pieces) -> np.ndarray:
+    """The backbone's view of each title, (V+1, H); in a short trial of the first ones, 0 after."""
+    if not work.batches:
+        return teacher.item_embeddings(model, pieces)
+    most = 1 + work.batches * work.settings.teacher.inference_batch_size
+    found = teacher.item_embeddings(model, replace(pieces, lengths=pieces.lengths[:most]))
+    return np.pad(found, ((0, len(pieces.lengths) - len(found)), (0, 0)))
 
 
 # ---- distillation ----
@@ -253,16 +310,22 @@ def distill_fit(work: Work) -> None:
     learner = student.Distilled(prepared, stored, settings.student, settings.distill).to(
         work.device
     )
+
+    def loss_of_few(batch: dict) -> Tensor:
+        # A short trial has answers to few samples: they stand in for those of all others.
+        return learner.loss(batch | {"sample_ids": batch["sample_ids"] % stored.samples})
+
+    score = learner.scorer(settings.eval.batch_size)
     fit = _sasrec_fit(
         work,
         learner,
         prepared,
-        loss=learner.loss,
-        score=learner.scorer(settings.eval.batch_size),
+        loss=loss_of_few if work.batches else learner.loss,
+        score=score,
         save=lambda name: learner.save(work.folder / name),
         train=settings.distill,
     )
-    _run_fit(work, fit)
+    _run_fit(work, fit, lambda: probe(score, prepared, settings.eval.batch_size))
 
 
 def distill_test(work: Work) -> None:
@@ -281,6 +344,9 @@ def evaluate_all(work: Work) -> None:
         text = (work.inputs[stage] / "metrics.json").read_text()
         found[name] = json.loads(text)
         ranks[name] = torch.from_numpy(np.load(work.inputs[stage] / "ranks.npy"))
+    if work.batches:  # batches of different sizes end at different users of the same order
+        shared = min(len(own) for own in ranks.values())
+        ranks = {name: own[:shared] for name, own in ranks.items()}
     for name in ("teacher", "distilled"):
         for k in work.settings.eval.top_k:
             key = f"minus_student@{k}"
@@ -292,8 +358,10 @@ def evaluate_all(work: Work) -> None:
 # ---- shared endings ----
 
 
-def _run_fit(work: Work, fit: Fit) -> None:
-    """Train under the chosen trainer and leave the traces beside the checkpoints."""
+def _run_fit(work: Work, fit: Fit, ask: Callable[[], np.ndarray]) -> None:
+    """Train under the chosen trainer and leave the traces beside the checkpoints; `ask` gives the
+    trained model's probe.
+    """
     if work.settings.train.trainer == "lightning":
         with work.observer.phase("set_up"):
             from core.lightning import fit_lightning
@@ -301,13 +369,27 @@ def _run_fit(work: Work, fit: Fit) -> None:
         fit_lightning(fit, work.observer)
     else:
         fit_loop(fit, work.observer)
+    if fit.group.rank:
+        return  # rank 0 has the losses and writes
     trace = [json.dumps({"step": i, "loss": x}) for i, x in enumerate(work.observer.loss_trace())]
     (work.folder / "steps.jsonl").write_text("\n".join(trace) + "\n")
     artefacts.write_json(work.folder / "history.json", fit.history)
     work.observer.metrics = max(fit.history, key=lambda epoch: epoch[fit.monitor])
+    if work.batches:
+        with work.observer.phase("probe"):
+            np.save(work.folder / PROBE, ask())
 
 
-def _test(work: Work, score: ranking.Scorer, prepared: data.Prepared) -> None:
+def probe(score: ranking.Scorer, prepared: data.Prepared, batch_size: int) -> np.ndarray:
+    """What a model says of some validation users, (P, V+1) fp32; its stored form must say it too.
+
+    One whole batch is scored, so that nothing runs in a shape of its own.
+    """
+    ((_, scores_BV),) = score(ranking.held_out(prepared, "validation").longest(batch_size))
+    return scores_BV[:PROBED_USERS].float().cpu().numpy()
+
+
+def _test(work: Work, score: ranking.Scorer, prepared: data.Prepared, batch_size: int) -> None:
     """Rank, then write metrics as JSON and as text."""
 
     def watched(queries: ranking.Queries):
@@ -316,7 +398,9 @@ def _test(work: Work, score: ranking.Scorer, prepared: data.Prepared) -> None:
             work.observer.step(len(rows))
 
     with work.observer.phase("evaluation"):
-        found, ranks = ranking.evaluate(watched, prepared, "test", work.settings.eval)
+        found, ranks = ranking.evaluate(
+            watched, prepared, "test", work.settings.eval, work.most(batch_size)
+        )
     np.save(work.folder / "ranks.npy", np.array(ranks, dtype=np.float32))
     artefacts.write_json(work.folder / "metrics.json", found)
     lines = [

@@ -34,10 +34,13 @@ class SequenceBatches(Dataset):
     """Training batches of one epoch: next-item pairs at every position of each user's newest items.
 
     Rows are grouped by length inside random chunks and cut by a token budget of `batch_size`
-    average rows, so batches cost alike whatever their lengths; then the batch order is shuffled.
+    average rows, so batches cost alike whatever their lengths; then the batch order is shuffled,
+    and the first `most` are kept.
     """
 
-    def __init__(self, prepared: Prepared, settings: StudentSettings, seed: int):
+    def __init__(
+        self, prepared: Prepared, settings: StudentSettings, seed: int, most: int | None = None
+    ):
         self.items = prepared.items
         lengths = np.diff(prepared.offsets) - 2  # train part: all but validation and test item
         usable = np.flatnonzero(lengths >= 2)
@@ -57,7 +60,7 @@ class SequenceBatches(Dataset):
             batches += _cut_by_tokens(
                 part[np.argsort(-self.pairs[part], kind="stable")], self.pairs, budget
             )
-        self.rows = [batches[i] for i in random.permutation(len(batches))]
+        self.rows = [batches[i] for i in random.permutation(len(batches))[:most]]
 
     def __len__(self) -> int:
         return len(self.rows)

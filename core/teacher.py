@@ -5,23 +5,22 @@ Shapes: B users, T prompt tokens, H backbone width, D SASRec width, V items, C c
 training softmax.
 """
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core import ilora, llm
+from core.compiling import Execution
 from core.config import InputError
 from core.loop import autocast, delivered, loader
 from core.observe import Observer, parameter_dtypes
-from core.prompts import Pieces, PromptBatches
+from core.prompts import Pieces, PromptBatches, assemble, prompt_lengths
 from core.ranking import Queries, Scorer
+from core.ranks import ALONE, Group
 from core.reverse import decayed_lambda, reverse_loss
 from core.sasrec import SASRec
 from core.settings import Settings
@@ -38,14 +37,14 @@ class Teacher(nn.Module):
         # trained, and the training after it, must start alike in both.
         torch.manual_seed(settings.seed)
         self.fingerprint = llm.fingerprint(teacher, backbone, precision)
-        width, table = backbone.config.hidden_size, encoder.item_table.weight
+        # Not the layers' width: some backbones project from and to another one at their ends.
+        self.width = width = backbone.get_input_embeddings().embedding_dim
+        table = encoder.item_table.weight
+        self.use_cache = teacher.use_cache
         self.rank = teacher.lora_r
         self.item_token_dropout = teacher.item_token_dropout
         self.gate = ilora.RankGate()
-        if teacher.gradient_checkpointing:
-            backbone.gradient_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": self.gate.recompute_context}
-            )
+        self.checkpointing_by = ilora.recompute_layers(backbone, teacher, self.gate)
         self.backbone = ilora.add_adapters(backbone, teacher, self.gate)
         # A list keeps the frozen encoder out of parameters(), state_dict() and train().
         self._encoder = [encoder.to(device).eval().requires_grad_(False)]
@@ -60,14 +59,14 @@ class Teacher(nn.Module):
         else:
             self.head = nn.Linear(width, len(table))
         self.to(device)
-        if precision == "bf16-true":
+        if precision.endswith("-true"):
             # All but the router: a half-precision softmax does not sum to one.
             routed = set(self.router.parameters())
             for parameter in set(self.trainable()) - routed:
-                parameter.data = parameter.data.to(torch.bfloat16)
-        self._first_layer_calls = 0
+                parameter.data = parameter.data.to(llm.WEIGHT_DTYPES[precision])
+        self.cache = None
+        self.execution = Execution(self.backbone.get_base_model(), settings.train.compile)
         self._after_forward = {"gate_calls": 0, "first_layer_calls": 0}
-        self._first_inner_module().register_forward_pre_hook(self._count_first)
 
     @property
     def encoder(self) -> SASRec:
@@ -89,7 +88,7 @@ class Teacher(nn.Module):
                 f"teacher.max_history: a prompt of {width} tokens; this backbone takes at most "
                 f"{most}: lower teacher.max_history or teacher.max_title_tokens"
             )
-        self.gate.calls = self._first_layer_calls = 0
+        self.gate.calls = self.execution.first_layer_calls = 0
         gate_BK = ilora.gate_weights(self.router, batch["states"])
         factors = ilora.token_factors(gate_BK, batch["lengths"], width, self.rank)
         embed = self.backbone.get_input_embeddings()
@@ -106,12 +105,22 @@ class Teacher(nn.Module):
         )
         watch = (observer or Observer()).backbone()
         with watch, self.gate.bound(factors):
-            hidden_BTH = self.backbone(inputs_embeds=embeds_BTH).last_hidden_state
+            hidden_BTH = self.last_hidden(embeds_BTH)
         self._after_forward = {
             "gate_calls": self.gate.calls,
-            "first_layer_calls": self._first_layer_calls,
+            "first_layer_calls": self.execution.first_layer_calls,
         }
         return hidden_BTH.flatten(0, 1)[batch["readout"]]
+
+    def last_hidden(self, embeds_BTH: Tensor) -> Tensor:
+        """Last hidden states of the backbone, (B, T, H).
+
+        A cache it writes lives until the next forward has ended, as it does with whoever binds the
+        outputs to a name.
+        """
+        output = self.backbone(inputs_embeds=embeds_BTH, use_cache=self.use_cache)
+        self.cache = output.past_key_values
+        return output.last_hidden_state
 
     def project(self, vectors_ND: Tensor) -> Tensor:
         """Item vectors to backbone width, (N, H); scaled like SASRec's own input."""
@@ -139,15 +148,6 @@ class Teacher(nn.Module):
             return None
         return reverse_loss(kind, self.item_table, self.item_table_start)
 
-    def _first_inner_module(self) -> nn.Module:
-        """The first sub-module of the first layer: it runs again when the layer is recomputed."""
-        base = self.backbone.get_base_model()
-        layers = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m))
-        return next(layers[0].children())
-
-    def _count_first(self, module: nn.Module, inputs: tuple) -> None:
-        self._first_layer_calls += 1
-
     def call_counts(self) -> dict[str, dict[str, int]]:
         """Calls since the last `read_out` began: gated layers and the first layer's inside, also
         after backward.
@@ -161,7 +161,7 @@ class Teacher(nn.Module):
             },
             "first_layer": {
                 "forward": self._after_forward["first_layer_calls"],
-                "after_backward": self._first_layer_calls,
+                "after_backward": self.execution.first_layer_calls,
             },
         }
 
@@ -201,17 +201,43 @@ def encoder_states(encoder: SASRec, queries: Queries, batch_size: int = 256) -> 
 
 
 class GatedPrompts(PromptBatches):
-    """Prompt batches with the SASRec state of each row beside them."""
+    """Prompt batches with the SASRec state of each row beside them; of a group's batches the own
+    share.
+    """
 
-    def __init__(self, states_QD: Tensor, *args, most: int = -1, **options):
+    def __init__(self, states_QD: Tensor, *args, most: int = -1, group: Group = ALONE, **options):
         super().__init__(*args, **options)
-        self.states_QD = states_QD
+        self.states_QD, self.group = states_QD, group
         if most != -1:
             self.plan = self.plan[:most]
 
     def __getitem__(self, index: int) -> dict:
-        batch = super().__getitem__(index)
+        batch = super().__getitem__(index) if self.group.size == 1 else self.share(self.plan[index])
         return batch | {"states": self.states_QD[batch["rows"]]}
+
+    def share(self, rows: np.ndarray) -> dict:
+        """This process's part of a micro-batch, with the counts of the whole one.
+
+        `weight` makes the mean over the processes of (weight · mean loss of the own rows) the mean
+        loss of all rows; who gets none computes one for nothing. `all_targets`: of all rows.
+        """
+        shares = [replace(self.group, rank=rank).share(rows) for rank in range(self.group.size)]
+        own = self.group.share(rows)
+        weight = len(own) * self.group.size / len(rows)
+        lengths = [
+            prompt_lengths(self.pieces, self.queries, self.max_history, share)
+            for share in shares
+            if len(share)
+        ]
+        return assemble(
+            self.pieces, self.queries, self.max_history, own if len(own) else rows[:1]
+        ) | {
+            "weight": weight,
+            "all_targets": torch.from_numpy(self.queries.targets[rows]),
+            "samples": len(rows),
+            "tokens": int(sum(each.sum() for each in lengths)),
+            "padded_tokens": int(sum(each.max() * len(each) for each in lengths)),
+        }
 
 
 def training_loss(
@@ -220,7 +246,8 @@ def training_loss(
     """Softmax over the candidates plus weighted reverse distillation (scalar, fp32).
 
     Candidates: the whole catalogue if it has at most `train_candidates` items, else the batch's
-    targets and uniform negatives, duplicates removed.
+    targets and uniform negatives, duplicates removed. Of a batch that several processes share, the
+    loss of the own rows, weighted.
     """
     state_BH = teacher.read_out(batch, observer)
     targets_B = batch["targets"]
@@ -228,11 +255,14 @@ def training_loss(
     if items <= settings.teacher.train_candidates:
         scores, labels = teacher.scores(state_BH)[:, 1:], targets_B - 1
     else:
-        extra = max(settings.teacher.train_candidates - len(targets_B), 0)
+        others = batch.get("all_targets", targets_B)
+        extra = max(settings.teacher.train_candidates - len(others), 0)
         drawn = torch.randint(1, items + 1, (extra,), device=targets_B.device)
-        candidates, where = torch.cat([targets_B, drawn]).unique(return_inverse=True)
+        candidates, where = torch.cat([targets_B, others, drawn]).unique(return_inverse=True)
         scores, labels = teacher.scores(state_BH, candidates), where[: len(targets_B)]
     loss = F.cross_entropy(scores, labels)
+    if "weight" in batch:
+        loss = loss * batch["weight"]
     distance = teacher.reverse_distance(settings.teacher.distill_loss_type)
     if distance is None or reverse_weight == 0.0:
         return loss
@@ -310,7 +340,7 @@ def item_embeddings(teacher: Teacher, pieces: Pieces, batch_size: int = 256) -> 
     teacher.eval()
     embed = teacher.backbone.get_input_embeddings()
     device = embed.weight.device
-    found = np.zeros((len(pieces.lengths), teacher.backbone.config.hidden_size), dtype=np.float32)
+    found = np.zeros((len(pieces.lengths), teacher.width), dtype=np.float32)
     for start in range(1, len(found), batch_size):
         items = np.arange(start, min(start + batch_size, len(found)))
         lengths = pieces.lengths[items] - 1  # without the slot token
@@ -321,7 +351,7 @@ def item_embeddings(teacher: Teacher, pieces: Pieces, batch_size: int = 256) -> 
         )
         with teacher.backbone.disable_adapter():
             embeds = embed(torch.from_numpy(ids.astype(np.int64)).to(device))
-            hidden = teacher.backbone(inputs_embeds=embeds).last_hidden_state.float().cpu()
+            hidden = teacher.last_hidden(embeds).float().cpu()
         weight = torch.from_numpy(real / np.maximum(lengths, 1)[:, None]).float()
         found[items] = torch.einsum("ilh,il->ih", hidden, weight).numpy()
     return found
@@ -336,74 +366,25 @@ def describe(teacher: Teacher, observer: Observer) -> None:
         attn_implementation=config._attn_implementation,
         param_dtypes=parameter_dtypes(teacher),
         layers_adapted=len(adapted),
-        layers_4bit=llm.four_bit_layers(teacher.backbone),
-        adapted_4bit=sum(llm.four_bit_layers(layer.base_layer) for layer in adapted),
+        layers_4bit=len(llm.four_bit_layers(teacher.backbone)),
+        adapted_4bit=sum(len(llm.four_bit_layers(layer.base_layer)) for layer in adapted),
+        gradient_checkpointing_by=teacher.checkpointing_by,
         frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
         trainable_parameters=sum(p.numel() for p in teacher.trainable()),
     )
     observer.probes.update(
         gate_calls=lambda: teacher.call_counts()["gate"]["forward"],
         checkpoint_calls=lambda: teacher.call_counts()["first_layer"],
-        training=lambda: teacher.training,
+        training=lambda: all(module.training for module in teacher.modules()),
+        cache=lambda: _cache_use(teacher, observer),
     )
+    if observer.facts["layers_4bit"]:
+        observer.probes["quant"] = lambda: llm.quantisation(teacher.backbone)
+    teacher.backbone.register_forward_pre_hook(observer.backbone_call, with_kwargs=True)
 
 
-def save_teacher(teacher: Teacher, folder: Path) -> None:
-    """Write what was trained (adapters, router with buffers, projector, item head) and the base's
-    fingerprint.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    adapters = _adapter_state(teacher)
-    save_file(
-        {k: v.contiguous().cpu() for k, v in adapters.items()}, folder / "adapter_model.safetensors"
-    )
-    rest = {k: v.contiguous().cpu() for k, v in _own_state(teacher).items()}
-    save_file(rest, folder / "teacher.safetensors")
-    (folder / "base.json").write_text(json.dumps(teacher.fingerprint, indent=1))
-
-
-def load_teacher(teacher: Teacher, folder: Path) -> None:
-    """Load a checkpoint into a freshly built teacher.
-
-    Raises InputError when the base differs, or a key or shape is missing, unexpected or different.
-    """
-    stored = json.loads((folder / "base.json").read_text())
-    if stored != teacher.fingerprint:
-        differ = [k for k in stored if stored[k] != teacher.fingerprint.get(k)]
-        raise InputError(
-            f"{folder}: checkpoint of another base: "
-            + "; ".join(f"{k} {stored[k]}, this model {teacher.fingerprint.get(k)}" for k in differ)
-        )
-    adapters = load_file(folder / "adapter_model.safetensors")
-    rest = load_file(folder / "teacher.safetensors")
-    _exact(folder / "adapter_model.safetensors", adapters, _adapter_state(teacher))
-    _exact(folder / "teacher.safetensors", rest, _own_state(teacher))
-    set_peft_model_state_dict(teacher.backbone, adapters)
-    teacher.load_state_dict(rest, strict=False)  # the keys were compared above
-
-
-def _adapter_state(teacher: Teacher) -> dict[str, Tensor]:
-    """The adapters alone. The default, "auto", would ask the hub at every save whether the
-    vocabulary grew.
-    """
-    return get_peft_model_state_dict(teacher.backbone, save_embedding_layers=False)
-
-
-def _own_state(teacher: Teacher) -> dict[str, Tensor]:
-    """Router, projector and head: everything that is not the backbone."""
-    return {k: v for k, v in teacher.state_dict().items() if not k.startswith("backbone.")}
-
-
-def _exact(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint whose keys or shapes are not exactly the model's."""
-    wrong = sorted(
-        k
-        for k in found.keys() | wanted.keys()
-        if k not in found or k not in wanted or found[k].shape != wanted[k].shape
-    )
-    if wrong:
-        raise InputError(
-            f"{path}: {len(wrong)} keys do not fit, first {wrong[0]}: "
-            f"in the file {tuple(found[wrong[0]].shape) if wrong[0] in found else 'absent'}, "
-            f"in the model {tuple(wanted[wrong[0]].shape) if wrong[0] in wanted else 'absent'}"
-        )
+def _cache_use(teacher: Teacher, observer: Observer) -> dict | None:
+    """The cache that the last forward left alive, if any, and whether one was ever read."""
+    if teacher.cache is None:
+        return None
+    return {"written_bytes": llm.cache_bytes(teacher.cache), "read": observer.cache_read}

@@ -78,6 +78,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(tmp_path_factory.mktemp("chain"))
 
 
+@pytest.mark.slow
 def test_a_teacher_that_speaks_of_others_teaches_nothing(store: Store, tmp_path: Path) -> None:
     """The gain of distillation hangs on the right sample and the right item, as it should."""
     given = settings(*SMALL)
@@ -92,6 +93,7 @@ def test_a_teacher_that_speaks_of_others_teaches_nothing(store: Store, tmp_path:
     assert gain(distilled, astray)[0] > 0.05
 
 
+@pytest.mark.slow
 def test_rankings_of_the_wrong_samples_do_harm(store: Store, tmp_path: Path) -> None:
     """Sample alignment alone: no item embeddings, only the teacher's ranking of each sample."""
     ranking_only = (*SMALL, "distill.ed_weight=0", "distill.lam=4", "distill.gamma_position=1")

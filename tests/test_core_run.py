@@ -213,3 +213,46 @@ def test_help_names_the_stages_argument():
     done = here("--help")
     assert done.exit_code == 0
     assert "the whole pipeline" in done.output
+
+
+def test_a_dry_run_tries_every_stage_and_keeps_nothing(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    out = tmp_path / "runs"
+    for _ in range(2):  # again, not reused
+        done = here(tmp_path / "tiny.yaml", "--fast-dev-run", 2, "--out", out)
+        assert done.exit_code == 0, done.output
+        lines = done.output.splitlines()
+        assert [line.split()[1][:-1] for line in lines[:-1]] == STAGES
+        loaded = [line.split()[1][:-1] for line in lines if "give the model back" in line]
+        assert loaded == ["student_fit", "teacher_fit", "distill_fit"]
+        assert lines[-1] == "dry run: 9 stages, 2 batches of each phase; nothing is kept"
+        assert not list(out.iterdir())
+
+
+def test_a_dry_run_of_one_stage_tries_those_before_it_too(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    words = (tmp_path / "tiny.yaml", "student_test", "--fast-dev-run", 1)
+    done = here(*words, "--out", tmp_path / "runs")
+    assert done.exit_code == 0, done.output
+    tried = [line.split()[1][:-1] for line in done.output.splitlines()[:-1]]
+    assert tried == ["prepare_data", "student_fit", "student_test"]
+
+
+def test_a_dry_run_meets_the_missing_last_stage_in_seconds(tmp_path, monkeypatch):
+    from core import pipeline, stages
+
+    def missing(work: stages.Work) -> None:
+        raise NotImplementedError("no test step")
+
+    node = pipeline.PIPELINE["distill_test"]
+    broken = pipeline.Stage(missing, node.needs, node.reads, node.uses)
+    monkeypatch.setitem(pipeline.PIPELINE, "distill_test", broken)
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("max_epochs: 1", "max_epochs: 1000"))
+    done = here(tmp_path / "tiny.yaml", "--fast-dev-run", 2, "--out", tmp_path / "runs")
+    assert isinstance(done.exception, NotImplementedError)
+    assert "[7/9] distill_fit" in done.output
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_dry_run_of_no_batches_is_bad_input():
+    assert here("--fast-dev-run", 0).exit_code == 2

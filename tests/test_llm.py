@@ -28,6 +28,17 @@ def states(model, seed: int = 0) -> torch.Tensor:
         return model(inputs_embeds=x.to(model.dtype)).last_hidden_state.float()
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Each preset saved as a user's own model folder, tokenizer beside it."""
+    found = {}
+    for family in FAMILIES:
+        folder = found[family] = tmp_path_factory.mktemp(family)
+        load(family, seed=4).save_pretrained(folder)
+        llm.load_tokenizer(family, TITLES).save_pretrained(folder)
+    return found
+
+
 # ---- presets ----
 
 
@@ -71,7 +82,14 @@ def test_the_attention_that_was_asked_for(attn):
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("fp32", "float32"), ("bf16-mixed", "bfloat16"), ("bf16-true", "bfloat16")],
+    [
+        ("fp32", "float32"),
+        ("tf32", "float32"),
+        ("bf16-mixed", "bfloat16"),
+        ("bf16-true", "bfloat16"),
+        ("fp16-mixed", "float16"),
+        ("fp16-true", "float16"),
+    ],
 )
 def test_the_backbone_is_stored_as_precision_says(precision, dtype):
     dense = load("tiny", precision=precision)
@@ -89,8 +107,8 @@ def test_the_backbone_is_stored_as_precision_says(precision, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_layer_is_really_in_four_bit(family):
     dense, packed = load(family), load(family, "qlora")
-    assert llm.four_bit_layers(dense) == 0
-    assert llm.four_bit_layers(packed) == 2 * LINEARS[family]
+    assert llm.four_bit_layers(dense) == []
+    assert len(llm.four_bit_layers(packed)) == 2 * LINEARS[family]
     assert not any(type(m) is nn.Linear for m in packed.modules())
     error = (states(packed) - states(dense)).norm() / states(dense).norm()
     assert 0.001 < error < 0.2  # it is another, but a near, function
@@ -98,7 +116,41 @@ def test_every_linear_layer_is_really_in_four_bit(family):
 
 def test_a_layer_that_was_never_packed_does_not_count():
     """The class alone proves nothing: weights are packed when the layer reaches its device."""
-    assert llm.four_bit_layers(nn.Sequential(bnb.nn.Linear4bit(8, 8), nn.Linear(8, 8))) == 0
+    assert llm.four_bit_layers(nn.Sequential(bnb.nn.Linear4bit(8, 8), nn.Linear(8, 8))) == []
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
+def test_double_quantisation_is_read_off_the_layers(folders, stored, double):
+    name = folders["tiny"] if stored else "tiny"
+    model = load(name, "qlora", "bf16-mixed", seed=4, bnb_4bit_use_double_quant=double)
+    assert llm.quantisation(model) == {
+        "quant_type": "nf4",
+        "double": double,
+        "compute_dtype": "bfloat16",
+    }
+    constants = {layer.weight.quant_state.absmax.dtype for layer in llm.four_bit_layers(model)}
+    assert constants == {torch.uint8 if double else torch.float32}
+    single = load(name, "qlora", "bf16-mixed", seed=4)
+    assert close(states(model), states(single), 0.1)
+    assert torch.equal(states(model), states(single)) != double
+
+
+def test_layers_quantised_in_two_ways_are_called_mixed():
+    model = load("tiny", "qlora")
+    other = load("tiny", "qlora", bnb_4bit_use_double_quant=True)
+    model.decoder.layers[0] = other.decoder.layers[0]
+    assert llm.quantisation(model)["double"] == "mixed"
+    assert llm.quantisation(load("tiny")) is None
+
+
+def test_the_bytes_of_a_cache_are_its_keys_and_values():
+    model = load("tiny-qwen2", precision="bf16-true")  # four heads for queries, two for keys
+    x = torch.randn(3, 5, 128, dtype=torch.bfloat16)
+    cache = model(inputs_embeds=x, use_cache=True).past_key_values
+    layers, keys_and_values, rows, tokens, width, bytes_each = 2, 2, 3, 5, 64, 2
+    expected = layers * keys_and_values * rows * tokens * width * bytes_each
+    assert llm.cache_bytes(cache) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,17 +194,6 @@ def test_the_guard_of_the_packed_weights_matters(family):
 # ---- folders and names ----
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Each preset saved as a user's own model folder, tokenizer beside it."""
-    found = {}
-    for family in FAMILIES:
-        folder = found[family] = tmp_path_factory.mktemp(family)
-        load(family, seed=4).save_pretrained(folder)
-        llm.load_tokenizer(family, TITLES).save_pretrained(folder)
-    return found
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
@@ -161,7 +202,7 @@ def test_a_folder_is_loaded_like_the_preset_it_was_saved_from(folders, family, a
         precision = "bf16-true"
     saved = load(folders[family], adapter, precision)
     preset = load(family, adapter, precision="fp32", seed=4)
-    assert llm.four_bit_layers(saved) == llm.four_bit_layers(preset)
+    assert len(llm.four_bit_layers(saved)) == len(llm.four_bit_layers(preset))
     assert not any(p.requires_grad for p in saved.parameters())
     assert not saved.config.use_cache
     assert saved.config._attn_implementation == "sdpa"
@@ -213,8 +254,8 @@ def test_a_presets_tokenizer_fits_its_vocabulary_and_loses_nothing():
     assert tokenizer.eos_token_id is not None
 
 
-def prints(name: str, adapter: str = "lora", precision: str = "fp32", seed: int = 0) -> dict:
-    settings = TeacherSettings(llm_model_name=str(name), adapter=adapter)
+def prints(name: str, adapter: str = "lora", precision: str = "fp32", seed: int = 0, **given):
+    settings = TeacherSettings(llm_model_name=str(name), adapter=adapter, **given)
     return llm.fingerprint(settings, llm.load_backbone(settings, precision, CPU, seed), precision)
 
 
@@ -222,9 +263,14 @@ def test_the_fingerprint_tells_bases_apart(tmp_path):
     own = prints("tiny")
     assert prints("tiny") == own
     assert json.loads(json.dumps(own)) == own
+    model = load("tiny")
+    model.config.transformers_version = "another"
+    assert llm.fingerprint(TeacherSettings(), model, "fp32") == own
     assert prints("tiny-llama")["config"] != own["config"]
     assert prints("tiny", adapter="qlora")["adapter"] == "qlora"
     assert prints("tiny", precision="bf16-true")["dtype"] == "bfloat16"
+    double = prints("tiny", "qlora", bnb_4bit_use_double_quant=True)
+    assert double["quant"] != prints("tiny", "qlora")["quant"]
     # Same shape, other numbers: another seed of a preset, or a folder whose content changed.
     assert prints("tiny", seed=1)["weights"] != own["weights"]
     assert prints("tiny", "qlora", seed=1)["weights"] != prints("tiny", "qlora")["weights"]

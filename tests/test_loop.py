@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 import time
 from dataclasses import dataclass, field
+from typing import get_args
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from core.lightning import fit_lightning
-from core.loop import Fit, NonFiniteLoss, fit_loop
+from core.loop import Fit, NonFiniteLoss, adamw, fit_loop, float32_products
 from core.observe import Observer
+from core.settings import Precision
 
+TRUE = {"bf16-true": torch.bfloat16, "fp16-true": torch.float16}
 TRAINERS = {"loop": fit_loop, "lightning": fit_lightning}
 both_trainers = pytest.mark.parametrize("trainer", TRAINERS)
 
@@ -67,19 +70,20 @@ def small_run(
 ) -> Run:
     """A fit of two layers with dropout; `scores` are the validation results epoch by epoch."""
     torch.manual_seed(3)
+    dtype = TRUE.get(options.get("precision"), torch.float32)
     # Used twice: the cast of its weight is shared or not, and the gradients differ in the last bit.
     twice = nn.Linear(8, 8)
     parts = [nn.Linear(6, 8), nn.Dropout(dropout), twice, nn.GELU(), twice, nn.Linear(8, 4)]
     model = nn.Sequential(*parts)
-    model.to(device)
+    model.to(device, dtype)
     scores = itertools.count() if scores is None else iter(scores)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    optimizer = adamw(model.parameters(), lr=0.05, weight_decay=0.01)
 
     def loss(batch: dict) -> torch.Tensor:
         run.seen.append(batch["features"].clone())
         run.modes.append(model.training)
         run.rates.append(optimizer.param_groups[0]["lr"])
-        return F.cross_entropy(model(batch["features"]), batch["targets"])
+        return F.cross_entropy(model(batch["features"].to(dtype)).float(), batch["targets"])
 
     def validate() -> dict[str, float]:
         model.eval()
@@ -125,7 +129,7 @@ def assert_same(loop: Run, lightning: Run) -> None:
     assert loop.observer.counts == lightning.observer.counts
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-mixed"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_both_trainers_give_the_same_losses_to_the_bit(accumulate, precision):
     """Seven batches: with four to a group the last group of each epoch is incomplete."""
@@ -151,11 +155,12 @@ def test_without_scheduler_and_clipping_the_trainers_agree_too():
     assert_same(*(trained(name, scheduled=False, max_epochs=2) for name in TRAINERS))
 
 
-def test_steps_that_fp16_leaves_out_are_the_same_under_both_trainers(recwarn):
+@pytest.mark.parametrize("precision", ["fp16-mixed", "fp16-true"])
+def test_steps_that_fp16_leaves_out_are_the_same_under_both_trainers(precision, recwarn):
     """A gradient that overflows at the first scale: no step is made, and nobody warns of it."""
     runs = []
     for name, trainer in TRAINERS.items():
-        run = small_run(precision="fp16-mixed", max_epochs=1)
+        run = small_run(precision=precision, max_epochs=1)
         start = run.fit.model[0].weight.detach().clone()
         loss = run.fit.loss
 
@@ -171,6 +176,82 @@ def test_steps_that_fp16_leaves_out_are_the_same_under_both_trainers(recwarn):
         runs.append(run)
     assert_same(*runs)
     assert not [str(warning.message) for warning in recwarn]
+
+
+def half_layer(precision: str = "fp16-true") -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(6, 4).to(TRUE.get(precision, torch.float32))
+
+
+def descend(layer: nn.Linear, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Losses of some steps whose gradients are small, as those of a mean over many items are."""
+    batch, losses = Batches(0, 1, 32)[0], []
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        logits = layer(batch["features"].to(layer.weight.dtype)).float()
+        loss = F.cross_entropy(logits, batch["targets"])
+        (loss * 1e-3).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_float16_weights_are_trained_as_well_as_fp32_ones():
+    layer = half_layer()
+    found = descend(layer, adamw(layer.parameters(), 0.05, 0.01), 40)
+    whole = half_layer("fp32")
+    wanted = descend(whole, adamw(whole.parameters(), 0.05, 0.01), 40)
+    assert layer.weight.dtype == torch.float16
+    assert wanted[-1] < 0.8 * wanted[0]
+    assert found == pytest.approx(wanted, rel=0.01)
+
+
+def test_adamw_in_float16_itself_would_break():
+    """The reason for the fp32 copies."""
+    layer = half_layer()
+    losses = descend(layer, torch.optim.AdamW(layer.parameters(), lr=0.05, foreach=True), 40)
+    assert not torch.tensor(losses).isfinite().all()
+
+
+def test_updates_too_small_for_float16_add_up():
+    layer = half_layer()
+    nn.init.ones_(layer.weight)
+    optimizer = adamw(layer.parameters(), 1e-5, 0.0)
+    descend(layer, optimizer, 1)
+    assert torch.equal(layer.weight, torch.ones_like(layer.weight)), "below half a float16 step"
+    descend(layer, optimizer, 100)
+    assert not torch.equal(layer.weight, torch.ones_like(layer.weight))
+
+
+def test_gradients_of_float16_weights_add_up_in_fp32_and_leave_nothing_behind():
+    layer = half_layer()
+    optimizer = adamw(layer.parameters(), 1e-3, 0.0)
+    for _ in range(3):
+        layer(torch.full((1, 6), 1e-3, dtype=torch.float16)).sum().backward()
+    master = optimizer.param_groups[0]["params"][0]
+    assert master.grad.dtype == torch.float32
+    assert torch.allclose(master.grad, torch.full((4, 6), 3e-3), rtol=1e-3)
+    assert layer.weight.grad is None
+
+
+def test_only_float16_weights_have_copies():
+    layer = half_layer("bf16-true")
+    own = adamw(layer.parameters(), 1e-3, 0.0).param_groups[0]["params"]
+    assert [id(parameter) for parameter in own] == [id(p) for p in layer.parameters()]
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_only_tf32_rounds_fp32_products_and_only_inside_the_block(precision, before):
+    torch.set_float32_matmul_precision(before)
+    try:
+        with pytest.raises(KeyError), float32_products(precision):
+            inside = torch.get_float32_matmul_precision()
+            raise KeyError
+        assert inside == ("high" if precision == "tf32" else "highest")
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @both_trainers
@@ -366,7 +447,7 @@ def test_training_prints_and_writes_nothing(trainer, capfd, tmp_path, monkeypatc
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-mixed"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 def test_on_a_gpu_the_trainers_agree_and_the_model_stays_there(precision):
     runs = [
         trained(name, device="cuda", precision=precision, gradient_clip_val=0.5, dropout=0.0)

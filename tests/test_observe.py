@@ -1,17 +1,21 @@
 """The observer: dtypes and operators as they really ran, phases that add up, counts."""
 
 import time
+from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from core.loop import autocast
-from core.observe import Observer, Step, parameter_dtypes
+from core.loop import autocast, float32_products
+from core.observe import Observer, Step, kernel_names, parameter_dtypes
 
 CPU = torch.device("cpu")
 
@@ -72,6 +76,120 @@ def test_spelled_out_attention_is_told_from_fused(mode):
     facts = observed(mode=mode, fused=False)
     assert facts["attention_ops"] == {"_softmax": 1}
     assert facts["gemm_dtypes"] == {"float32": 5}, "the two products of attention are products"
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_products_with_packed_weights_count_in_the_dtype_of_their_other_factor(mode):
+    layer = bnb.nn.Linear4bit(64, 8, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+    layer.support_avx512bf16_for_cpu = False
+    observer = Observer()
+    with mode(), observer.first_step(), observer.backbone():
+        layer(torch.randn(2, 64))
+    assert observer.facts["gemm_dtypes"] == {"bfloat16": 1}
+
+
+@pytest.mark.parametrize(("precision", "seen"), [("tf32", "high"), ("fp32", "highest")])
+def test_how_fp32_products_are_computed_is_read_inside_the_step(precision, seen):
+    observer = Observer()
+    with float32_products(precision), observer.first_step():
+        pass
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert observer.facts["float32_matmul_precision"] == seen
+
+
+# ---- what the backbone is given ----
+
+
+def watched() -> tuple[nn.Module, Observer]:
+    class Given(nn.Module):
+        def forward(self, inputs_embeds, attention_mask=None, past_key_values=None):
+            return inputs_embeds
+
+    model, observer = Given(), Observer()
+    model.register_forward_pre_hook(observer.backbone_call, with_kwargs=True)
+    return model, observer
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_the_backbone_is_given_is_seen_in_the_observed_step(mode, masked):
+    model, observer = watched()
+    mask = torch.ones(2, 3, dtype=torch.int64) if masked else None
+    with mode(), observer.first_step(), observer.backbone():
+        model(inputs_embeds=torch.zeros(2, 3, 4, dtype=torch.bfloat16), attention_mask=mask)
+    with observer.backbone():  # a later step with other shapes
+        model(inputs_embeds=torch.zeros(9, 9, 9))
+    facts = observer.facts
+    assert facts["inputs_embeds"] == {"shape": [2, 3, 4], "dtype": "bfloat16"}
+    assert facts["attention_mask"] == ({"shape": [2, 3], "dtype": "int64"} if masked else None)
+    assert facts["grad_enabled"] == (mode is torch.enable_grad)
+
+
+def test_a_cache_that_is_read_by_any_later_forward_is_noticed():
+    model, observer = watched()
+    observer.probes["cache"] = lambda: {"written_bytes": 8, "read": observer.cache_read}
+    with observer.first_step(), observer.backbone():
+        model(inputs_embeds=torch.zeros(1))
+    assert observer.facts["cache"]["read"] is False
+    model(inputs_embeds=torch.zeros(1), past_key_values=object())
+    assert observer.facts["cache"]["read"] is True
+
+
+def test_a_cache_that_is_read_within_the_observed_step_is_noticed():
+    model, observer = watched()
+    observer.probes["cache"] = lambda: {"written_bytes": 8, "read": observer.cache_read}
+    with observer.first_step(), observer.backbone():
+        model(inputs_embeds=torch.zeros(1), past_key_values=object())
+    assert observer.facts["cache"]["read"] is True
+
+
+# ---- kernels ----
+
+
+def event(name: str, device: DeviceType = DeviceType.CUDA, annotation: bool = False):
+    return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation)
+
+
+def test_kernels_are_told_from_everything_else_a_profiler_records():
+    recorded = [
+        event("aten::mm", DeviceType.CPU),
+        event("cudaLaunchKernel", DeviceType.CPU),
+        event("sm90_xmma_gemm_bf16bf16_bf16f32"),
+        event("void flash_fwd_kernel<...>"),
+        event("sm90_xmma_gemm_bf16bf16_bf16f32"),
+        event("Memcpy HtoD (Pageable -> Device)"),
+        event("Memset (Device)"),
+        event("Optimizer.step#AdamW.step", annotation=True),
+    ]
+    assert kernel_names(recorded) == [
+        "sm90_xmma_gemm_bf16bf16_bf16f32",
+        "void flash_fwd_kernel<...>",
+    ]
+
+
+def test_a_real_profile_of_the_cpu_holds_no_kernel():
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        torch.randn(4, 4) @ torch.randn(4, 4)
+    assert len(profiler.events()) > 0
+    assert kernel_names(profiler.events()) == []
+    assert "gpu_kernels" not in observed()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "part"), [(torch.bfloat16, "bf16"), (torch.float32, "f32")])
+def test_on_a_gpu_the_kernels_of_the_observed_step_alone_are_named(dtype, part):
+    observer = Observer()
+    observer.facts["device"] = "cuda:0"
+    factor = torch.randn(512, 512, device="cuda", dtype=dtype)
+    with observer.first_step():
+        factor @ factor
+    first = observer.facts["gpu_kernels"]
+    assert any("gemm" in name.lower() for name in first)
+    assert any(part in name or "sgemm" in name for name in first)
+    with observer.first_step():
+        factor.exp()
+    assert observer.facts["gpu_kernels"] == first
 
 
 def test_only_gradients_save_bytes():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from core import artefacts, pipeline, stages
 from core.artefacts import MANIFEST, Store
@@ -114,17 +115,25 @@ def below(stage: str) -> set[str]:
     return affected
 
 
+NEEDS = {
+    "teacher.bnb_4bit_use_double_quant": {"teacher.adapter": "qlora"},
+    "train.devices": {"train.trainer": "lightning"},
+    "train.strategy": {"train.trainer": "lightning", "train.devices": 2},
+}
+"""What else must be set before a leaf may change."""
+OTHERS = {"machine.image": "cu118", "machine.env": ("A=1",)}
+"""Values that no rule makes."""
 GIVEN = {"teacher.rec_model_checkpoint_path", "distill.teacher_checkpoint_path"}
 
 
 @pytest.mark.parametrize("leaf", sorted(set(LEAVES) - GIVEN))
 def test_a_setting_moves_the_stages_that_read_it_and_no_others(leaf, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "source_files", lambda settings: [])
-    settings = Settings()
+    settings = changed(Settings(), NEEDS.get(leaf, {}))
     value = settings
     for part in leaf.split("."):
         value = getattr(value, part)
-    other = changed(settings, {leaf: another(leaf, LEAVES[leaf], value)})
+    other = changed(settings, {leaf: OTHERS.get(leaf) or another(leaf, LEAVES[leaf], value)})
     before, after = pipeline.plan(settings), pipeline.plan(other)
     moved = {name for name in pipeline.STAGES if before[name].address != after[name].address}
     expected: set[str] = set()
@@ -359,6 +368,21 @@ def test_mixed_precision_and_checkpointing_are_seen_in_the_teacher(own, trainer)
     assert set(observer.facts["attention_ops"]) == {"_softmax"}
 
 
+def test_tf32_belongs_to_the_stages_of_the_teacher_alone(own):
+    """Several stages share a process: what one of them wants is over when it ends."""
+    seen = {}
+    for stage in ("student_fit", "teacher_fit", "teacher_test"):
+        settings = tiny(**{"train.precision": "tf32", "seed": 7})
+        torch.set_float32_matmul_precision("medium")  # as if somebody had left it so
+        try:
+            _, observer = run(stage, settings, own)
+            assert torch.get_float32_matmul_precision() == "medium"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        seen[stage] = observer.facts["float32_matmul_precision"]
+    assert seen == {"student_fit": "highest", "teacher_fit": "high", "teacher_test": "high"}
+
+
 def test_a_teacher_with_a_random_head_runs_through(own):
     settings = tiny(**{"teacher.use_item_embeddings_head": False})
     run("teacher_fit", settings, own)
@@ -561,7 +585,10 @@ def test_a_device_that_is_not_there_is_bad_input():
 
 def test_the_image_is_what_the_container_says(monkeypatch):
     monkeypatch.delenv("ILORA_BENCH_IMAGE", raising=False)
-    assert pipeline.image() == "host"
+    for engine, name in ((None, "host"), ("docker", "unnamed")):
+        found = {"id": "somewhere", "engine": engine}
+        monkeypatch.setattr(pipeline, "container", lambda found=found: found)
+        assert pipeline.image() == name
     monkeypatch.setenv("ILORA_BENCH_IMAGE", "cu118")
     assert pipeline.image() == "cu118"
 

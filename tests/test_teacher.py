@@ -1,25 +1,23 @@
 """The teacher: padding, gates, checkpointing, precision, checkpoints, frozen parts, scores."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import weakref
+from typing import get_args
 
 import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from peft.utils import save_and_load
-from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, close, encoder, pieces, prepared, queries
+from transformers import AutoConfig, AutoModel
 
-from core import ilora, teacher
+from core import teacher
 from core.config import InputError
-from core.loop import autocast
+from core.lightning import fit_lightning
+from core.loop import Fit, adamw, autocast, fit_loop
 from core.observe import Observer, parameter_dtypes
 from core.ranking import held_out
+from core.settings import Precision
 
 ROWS = [0, 5, 11, 60, 61, 62, 100, 130]
 
@@ -137,6 +135,55 @@ def test_checkpointing_changes_no_gradient_of_the_teacher(adapter, batches):
     for name, gradient in plain.items():
         assert gradient is not None and gradient.any(), name
         assert close(found[name], gradient, 1e-5), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-true"])
+@pytest.mark.parametrize("batches", [[ROWS], [ROWS[:3], ROWS[3:]]])
+def test_peft_recomputes_a_four_bit_backbone_and_changes_no_gradient(precision, batches):
+    """Against the same preparation, with its checkpointing off."""
+    given = {"precision": precision, "adapter": "qlora", "gradient_checkpointing": None}
+    plain, settings = build(**given)
+    plain.backbone.get_base_model().gradient_checkpointing_disable()
+    wanted = trained_gradients(plain, settings, batches, precision)
+    model, settings = build(**given)
+    found = trained_gradients(model, settings, batches, precision)
+    assert model.checkpointing_by == "peft"
+    assert plain.call_counts()["first_layer"] == {"forward": 1, "after_backward": 1}
+    assert model.call_counts()["first_layer"]["after_backward"] == 1 + len(batches)
+    for name, gradient in wanted.items():
+        assert gradient.any(), name
+        assert close(found[name], gradient, 1e-5), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("adapter", "asked", "by", "prepared"),
+    [
+        ("qlora", None, "peft", True),
+        ("qlora", True, "setting", False),
+        ("qlora", False, None, False),
+        ("lora", None, None, False),
+        ("lora", True, "setting", False),
+    ],
+)
+def test_only_peft_left_alone_with_four_bit_prepares_the_backbone(
+    family, adapter, asked, by, prepared
+):
+    model, settings = build(
+        precision="bf16-mixed",
+        adapter=adapter,
+        gradient_checkpointing=asked,
+        llm_model_name=family,
+    )
+    frozen = parameter_dtypes(model)["frozen"]
+    assert ("float32" in frozen) == prepared
+    assert ("bfloat16" in frozen) != prepared
+    observer = Observer()
+    teacher.describe(model, observer)
+    assert observer.facts["gradient_checkpointing_by"] == by
+    trained_gradients(model, settings, [ROWS], "bf16-mixed")
+    runs = model.call_counts()["first_layer"]
+    assert runs == {"forward": 1, "after_backward": 2 if by else 1}
 
 
 def test_gradients_add_up_over_micro_batches():
@@ -425,8 +472,11 @@ def test_item_embeddings_are_the_mean_over_title_tokens(batch_size):
     ("precision", "trainable", "frozen"),
     [
         ("fp32", {"float32"}, {"float32"}),
+        ("tf32", {"float32"}, {"float32"}),
         ("bf16-mixed", {"float32"}, {"bfloat16"}),
         ("bf16-true", {"bfloat16", "float32"}, {"bfloat16"}),
+        ("fp16-mixed", {"float32"}, {"float16"}),
+        ("fp16-true", {"float16", "float32"}, {"float16"}),
     ],
 )
 def test_precision_decides_the_dtypes(adapter, precision, trainable, frozen):
@@ -436,8 +486,8 @@ def test_precision_decides_the_dtypes(adapter, precision, trainable, frozen):
     assert found["frozen"].keys() == frozen | ({"uint8"} if adapter == "qlora" else set())
     kept = {n.split(".")[0] for n, p in model.named_parameters()
             if p.requires_grad and p.dtype == torch.float32}  # fmt: skip
-    if precision == "bf16-true":
-        assert kept == {"router"}  # a bf16 softmax does not sum to one
+    if precision.endswith("-true"):
+        assert kept == {"router"}  # a half-precision softmax does not sum to one
     gradients = trained_gradients(model, settings, [ROWS], precision)
     assert all(g.isfinite().all() for g in gradients.values())
     assert any(g.any() for n, g in gradients.items() if n.startswith("router"))
@@ -452,15 +502,60 @@ def test_precision_decides_the_dtypes(adapter, precision, trainable, frozen):
 
 @pytest.mark.parametrize(
     ("precision", "gemm"),
-    [("fp32", "float32"), ("bf16-mixed", "bfloat16"), ("bf16-true", "bfloat16")],
+    [
+        ("fp32", "float32"),
+        ("tf32", "float32"),
+        ("bf16-mixed", "bfloat16"),
+        ("bf16-true", "bfloat16"),
+        ("fp16-mixed", "float16"),
+        ("fp16-true", "float16"),
+    ],
 )
-def test_the_backbone_multiplies_in_the_dtype_that_was_asked_for(precision, gemm):
-    model, settings = build(precision=precision)
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_the_backbone_multiplies_in_the_dtype_that_was_asked_for(precision, gemm, adapter):
+    model, settings = build(precision=precision, adapter=adapter)
     observer = Observer()
     batch = tiny.batch(model, settings, ROWS)
     with observer.first_step(), autocast(precision, tiny.CPU):
         teacher.training_loss(model.train(), batch, settings, 0.0, observer)
-    assert observer.facts["gemm_dtypes"].keys() == {gemm}
+    # Twelve products of the backbone's own linears, two of each of the four adapters.
+    assert observer.facts["gemm_dtypes"] == {gemm: 20}
+
+
+@pytest.mark.parametrize(
+    ("precision", "adapter"),
+    [*((name, "lora") for name in get_args(Precision)), ("fp16-true", "qlora")],
+)
+def test_every_precision_trains_alike_under_both_trainers(precision, adapter):
+    traces = [trained(fit, precision, adapter) for fit in (fit_loop, fit_lightning)]
+    assert traces[0] == traces[1]
+    assert len(traces[0]) == 24
+    assert np.isfinite(traces[0]).all()
+    assert np.mean(traces[0][-6:]) < 0.9 * traces[0][0]
+
+
+def trained(run_fit, precision: str, adapter: str) -> list[float]:
+    """Losses of two epochs of twelve steps from a fresh teacher."""
+    model, settings = build(active=False, precision=precision, adapter=adapter)
+    states = teacher.encoder_states(model.encoder, queries())
+    observer = Observer()
+    fit = Fit(
+        model=model,
+        batches=lambda epoch: teacher.GatedPrompts(
+            states, pieces(), queries(), 4, 6, seed=epoch, most=12
+        ),
+        loss=lambda batch: teacher.training_loss(model, batch, settings, 0.1, observer),
+        validate=lambda: {"ndcg@10": 0.0},
+        save=lambda name: None,
+        optimizer=adamw(model.trainable(), 3e-3, 0.01),
+        device=tiny.CPU,
+        max_epochs=2,
+        patience=5,
+        precision=precision,
+        gradient_clip_val=1.0,
+    )
+    run_fit(fit, observer)
+    return observer.loss_trace()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -477,6 +572,127 @@ def test_four_bit_training_after_an_evaluation_keeps_autograd(family):
         assert close(found[name], gradient, 1e-3), name
 
 
+# ---- the cache ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_changes_no_output(family):
+    plain, settings = build(llm_model_name=family)
+    cached, _ = build(llm_model_name=family, use_cache=True)
+    batch = tiny.batch(plain, settings, ROWS)
+    assert torch.equal(cached.read_out(batch), plain.read_out(batch))
+    embeddings = [teacher.item_embeddings(model, pieces()) for model in (plain, cached)]
+    assert np.array_equal(*embeddings)
+    assert plain.cache is None
+    assert cached.cache is not None
+
+
+def test_a_cache_changes_no_gradient():
+    plain = trained_gradients(*build(), [ROWS])
+    found = trained_gradients(*build(use_cache=True), [ROWS])
+    assert all(torch.equal(found[name], gradient) for name, gradient in plain.items())
+
+
+@torch.no_grad()
+def test_a_cache_lives_until_the_next_forward_has_ended():
+    model, settings = build(use_cache=True)
+    batch = tiny.batch(model, settings, ROWS)
+    model.read_out(batch)
+    first, alive = weakref.ref(model.cache), []
+    last_layer = model.backbone.get_base_model().decoder.layers[-1]
+    last_layer.register_forward_hook(lambda *_: alive.append(first() is not None))
+    model.read_out(batch)
+    assert alive == [True]
+    assert first() is None
+
+
+def observed_step(model, settings, train: bool = True) -> dict:
+    """Facts of one described step."""
+    observer = Observer()
+    teacher.describe(model, observer)
+    batch = tiny.batch(model, settings, ROWS)
+    model.train(train)
+    with torch.inference_mode(not train), observer.first_step():
+        loss = teacher.training_loss(model, batch, settings, 0.0, observer)
+        if train:
+            loss.backward()
+    return observer.facts
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_cache_is_seen_by_its_bytes(train, use_cache):
+    model, settings = build(use_cache=use_cache)
+    width = tiny.batch(model, settings, ROWS)["ids"].shape[1]
+    both_of_two_layers = 2 * 2 * len(ROWS) * width * 128 * 4
+    expected = {"written_bytes": both_of_two_layers, "read": False} if use_cache else None
+    assert observed_step(model, settings, train)["cache"] == expected
+
+
+def test_a_backbone_that_ignores_the_cache_is_found_out():
+    model, settings = build(use_cache=True)
+    forward = model.backbone.forward
+    model.backbone.forward = lambda **given: forward(**given | {"use_cache": False})
+    assert observed_step(model, settings)["cache"] is None
+
+
+# ---- facts ----
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_step_says_what_the_backbone_was_given(train):
+    model, settings = build(precision="bf16-true", adapter="qlora", bnb_4bit_use_double_quant=True)
+    width = tiny.batch(model, settings, ROWS)["ids"].shape[1]
+    facts = observed_step(model, settings, train)
+    assert facts["inputs_embeds"] == {"shape": [len(ROWS), width, 128], "dtype": "bfloat16"}
+    assert facts["attention_mask"] is None
+    assert facts["grad_enabled"] is train
+    assert facts["training"] is train
+    assert facts["quant"] == {"quant_type": "nf4", "double": True, "compute_dtype": "bfloat16"}
+    assert "quant" not in observed_step(*build())
+
+
+def test_a_backbone_left_in_eval_mode_is_found_out():
+    """As loading leaves it: the teacher says it trains; dropout and checkpointing do nothing."""
+    model, settings = build(gradient_checkpointing=True)
+    model.train = lambda mode=True: None
+    model.training = True
+    assert not model.backbone.training
+    facts = observed_step(model, settings)
+    assert facts["training"] is False
+    assert facts["checkpoint_calls"] == {"forward": 1, "after_backward": 1}
+
+
+# ---- a backbone with another width inside ----
+
+
+@pytest.fixture(scope="module")
+def projecting(tmp_path_factory):
+    """A folder with OPT's smaller relative's shape: 48 wide at both ends, 64 inside."""
+    config = AutoConfig.for_model(
+        "opt", hidden_size=64, word_embed_proj_dim=48, ffn_dim=128, num_hidden_layers=2,
+        num_attention_heads=4, vocab_size=2048, max_position_embeddings=512,
+        do_layer_norm_before=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("projecting")
+    AutoModel.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_a_backbone_may_be_wider_inside_than_at_its_ends(projecting, adapter):
+    given = {"llm_model_name": projecting, "adapter": adapter}
+    model, settings = build(active=False, **given)
+    with torch.no_grad():
+        state = model.read_out(tiny.batch(model, settings, ROWS))
+    assert state.shape == (len(ROWS), model.width) == (len(ROWS), 48)
+    assert teacher.item_embeddings(model, pieces()).shape[1] == 48
+    gradients = trained_gradients(*build(**given), [ROWS])
+    assert all(gradient.any() for gradient in gradients.values())
+
+
 def test_the_description_counts_what_is_there():
     model, _ = build(adapter="qlora")
     observer = Observer()
@@ -490,153 +706,6 @@ def test_the_description_counts_what_is_there():
     teacher.describe(build()[0], dense)
     assert dense.facts["layers_4bit"] == 0
     assert dense.facts["frozen_bytes"] > facts["frozen_bytes"]
-
-
-# ---- checkpoints ----
-
-
-def trained(folder: Path, **given):
-    """A teacher whose every trainable number was moved, saved."""
-    model, settings = build(**given)
-    torch.manual_seed(9)
-    with torch.no_grad():
-        for parameter in model.trainable():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    if given.get("gate") == "resnet":
-        trained_gradients(model, settings, [ROWS])  # moves the running statistics
-    teacher.save_teacher(model, folder)
-    return model.eval(), settings
-
-
-@torch.no_grad()
-def sample_scores(model, settings) -> torch.Tensor:
-    return model.scores(model.eval().read_out(tiny.batch(model, settings, ROWS)))
-
-
-@pytest.mark.parametrize("adapter", ["lora", "qlora"])
-@pytest.mark.parametrize("gate", ["mlp", "resnet"])
-@pytest.mark.parametrize("table", [True, False])
-def test_a_checkpoint_gives_a_new_teacher_the_same_scores(tmp_path, adapter, gate, table):
-    given = {"adapter": adapter, "gate": gate, "use_item_embeddings_head": table}
-    model, settings = trained(tmp_path, **given)
-    wanted = sample_scores(model, settings)
-    fresh, _ = build(active=False, **given)
-    assert not close(sample_scores(fresh, settings), wanted, 0.01)
-    teacher.load_teacher(fresh, tmp_path)
-    assert torch.equal(sample_scores(fresh, settings), wanted)
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_a_checkpoint_keeps_its_dtypes(tmp_path, precision):
-    model, settings = trained(tmp_path, precision=precision)
-    fresh, _ = build(active=False, precision=precision)
-    teacher.load_teacher(fresh, tmp_path)
-    assert parameter_dtypes(fresh) == parameter_dtypes(model)
-    assert torch.equal(sample_scores(fresh, settings), sample_scores(model, settings))
-
-
-def write_scores(folder: str, out: str, adapter: str) -> None:
-    """What a later process does with a checkpoint."""
-    model, settings = build(active=False, adapter=adapter)
-    teacher.load_teacher(model, Path(folder))
-    np.save(out, sample_scores(model, settings).numpy())
-
-
-def test_a_new_process_gives_the_same_scores(tmp_path):
-    calls, wanted = [], {}
-    for adapter in ("lora", "qlora"):
-        wanted[adapter] = sample_scores(*trained(tmp_path / adapter, adapter=adapter))
-        paths = str(tmp_path / adapter), str(tmp_path / f"{adapter}.npy")
-        calls.append(f"write_scores({paths[0]!r}, {paths[1]!r}, {adapter!r})")
-    here = Path(__file__).parent
-    threads = "import torch; torch.set_num_threads(1)"
-    subprocess.run(
-        [sys.executable, "-c", f"{threads}; from test_teacher import *; {'; '.join(calls)}"],
-        env={**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"},
-        check=True,
-    )
-    for adapter, scores in wanted.items():
-        assert np.array_equal(np.load(tmp_path / f"{adapter}.npy"), scores.numpy())
-
-
-def test_a_checkpoint_holds_what_was_trained_and_no_base_weight(tmp_path):
-    model, _ = trained(tmp_path, gate="resnet")
-    adapters = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(adapters) == 2 * len(ilora.adapted_layers(model.backbone))
-    assert all("lora_" in name for name in adapters)
-    rest = load_file(tmp_path / "teacher.safetensors")
-    assert {name.split(".")[0] for name in rest} == {"router", "projector", "item_table"}
-    assert any(name.endswith("running_mean") for name in rest)
-    trainable = sum(p.numel() * 4 for p in model.trainable())
-    on_disk = sum(f.stat().st_size for f in tmp_path.iterdir())
-    assert on_disk < trainable + 60_000
-
-
-def test_saving_asks_nobody_about_the_base(tmp_path, monkeypatch):
-    """Left to itself, peft looks the base up on the hub at every save."""
-    model, _ = build()
-    model.backbone.peft_config["default"].base_model_name_or_path = "some/base"
-    asked = []
-    monkeypatch.setattr(
-        save_and_load, "check_file_exists_on_hf_hub", lambda *a, **o: asked.append(a)
-    )
-    teacher.save_teacher(model, tmp_path)
-    assert not asked
-
-
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "teacher.safetensors"])
-def test_missing_unexpected_and_misshapen_keys_are_refused(tmp_path, file):
-    trained(tmp_path)
-    model, _ = build(active=False)
-    whole = load_file(tmp_path / file)
-    name = sorted(whole)[0]
-    missing = {k: v for k, v in whole.items() if k != name}
-    for broken, words in (
-        (missing, "in the file absent"),
-        (whole | {"added": torch.zeros(2)}, "first added: .*in the model absent"),
-        (whole | {name: torch.zeros(3, 3)}, r"in the file \(3, 3\), in the model"),
-    ):
-        save_file(broken, tmp_path / file)
-        before = weights_hash(model)
-        with pytest.raises(InputError, match=f"1 keys do not fit.*{words}"):
-            teacher.load_teacher(model, tmp_path)
-        assert weights_hash(model) == before  # refused as a whole
-
-
-@pytest.mark.parametrize(
-    ("other", "named"),
-    [
-        ({"llm_model_name": "tiny-llama"}, "llm_model_name tiny, this model tiny-llama"),
-        ({"adapter": "qlora"}, "adapter lora, this model qlora"),
-        ({"precision": "bf16-true"}, "dtype float32, this model bfloat16"),
-    ],
-)
-def test_a_checkpoint_of_another_base_is_refused(tmp_path, other, named):
-    trained(tmp_path)
-    model, _ = build(active=False, **other)
-    with pytest.raises(InputError, match=f"checkpoint of another base: .*{named}"):
-        teacher.load_teacher(model, tmp_path)
-
-
-def test_a_checkpoint_of_other_random_weights_is_refused(tmp_path):
-    """A preset's base is drawn with the seed: the same name is another model under another seed."""
-    trained(tmp_path)
-    settings = tiny.settings().model_copy(update={"seed": 1})
-    with pytest.raises(InputError, match="another base: weights"):
-        teacher.load_teacher(tiny.teacher(settings, active=False), tmp_path)
-
-
-def test_a_checkpoint_of_another_gate_or_head_is_refused(tmp_path):
-    trained(tmp_path)
-    for given in ({"gate": "linear"}, {"use_item_embeddings_head": False}, {"lora_r": 4}):
-        model, _ = build(active=False, **given)
-        with pytest.raises(InputError, match="keys do not fit"):
-            teacher.load_teacher(model, tmp_path)
-
-
-def test_the_fingerprint_is_readable_json(tmp_path):
-    model, _ = trained(tmp_path)
-    assert json.loads((tmp_path / "base.json").read_text()) == model.fingerprint
 
 
 # ---- equal starts ----

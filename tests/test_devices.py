@@ -1,0 +1,248 @@
+"""One training over several processes: the same losses and weights as in one, no process left."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from bench import machine
+from core import pipeline, ranks, teacher
+from core.artefacts import Store
+from core.config import InputError
+from core.observe import Observer
+from core.ranks import Group, RankDied
+from core.settings import Settings, TrainSettings
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+# Five rows to a micro-batch: the shares of two processes differ, and the epoch's last micro-batch
+# has one row, so one process has none. Fewer candidates than items: they are drawn.
+BASE = {
+    "data": {"synthetic": {"users": 40, "items": 60, "mean_length": 9}},
+    "student": {"hidden_size": 16, "num_blocks": 1, "max_length": 6, "max_epochs": 1},
+    "teacher": {"max_history": 4, "train_candidates": 20},
+    "machine": {"device": "cpu"},
+}
+TRAIN = {"trainer": "lightning", "batch_size": 5, "max_epochs": 2, "accumulate_grad_batches": 2}
+
+
+def chosen(**train: Any) -> Settings:
+    return Settings.model_validate(BASE | {"train": TRAIN | train})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Data and student are made once."""
+    return Store(tmp_path_factory.mktemp("artefacts"))
+
+
+def fitted(store: Store, settings: Settings, observer: Observer | None = None) -> Path:
+    """Folder of the trained teacher."""
+    planned = pipeline.plan(settings)
+    for stage in ("prepare_data", "student_fit"):
+        pipeline.run_stage(stage, settings, store, Observer(), planned=planned)
+    observer = observer or Observer()
+    return pipeline.run_stage("teacher_fit", settings, store, observer, planned=planned)[0]
+
+
+def ranks_alive() -> list[psutil.Process]:
+    """The further processes of this one."""
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE and "core.ranks" in child.cmdline()
+    ]
+
+
+def test_two_processes_train_the_same_model_as_one(store: Store) -> None:
+    one, two = Observer(), Observer()
+    alone = fitted(store, chosen(), one)
+    alive: list[int] = []
+    two.on_step = lambda step: alive.append(len(ranks_alive()))
+    threads = torch.get_num_threads()
+    together = fitted(store, chosen(devices=2), two)
+    assert set(alive) == {1} and not ranks_alive()
+    assert torch.get_num_threads() == threads
+    assert len(one.losses) == len(two.losses) > 80
+    assert tiny.close(two.loss_trace(), one.loss_trace(), 1e-5)
+    counts = ("micro_batches", "optimizer_steps", "rows", "tokens")
+    assert [two.counts[name] for name in counts] == [one.counts[name] for name in counts]
+    assert two.metrics["ndcg@10"] == one.metrics["ndcg@10"]
+    assert two.facts["largest_train_batch"] == 5
+    files = [path.relative_to(alone) for path in sorted(alone.glob("*/*.safetensors"))]
+    assert len(files) == 4
+    for name in files:
+        ours, theirs = load_file(together / name), load_file(alone / name)
+        assert ours.keys() == theirs.keys()
+        assert all(tiny.close(ours[key], theirs[key], 2e-4) for key in theirs), name
+    seen = {name: two.facts[name] for name in ("world_size", "backend", "strategy")}
+    assert seen == {"world_size": 2, "backend": "gloo", "strategy": "DDPStrategy"}
+    seen = {name: one.facts[name] for name in ("world_size", "backend", "strategy")}
+    assert seen == {"world_size": 1, "backend": None, "strategy": "SingleDeviceStrategy"}
+    for name in ("steps.jsonl", "history.json"):
+        assert (together / name).stat().st_size, "written once, by rank 0"
+    lines = (together / "steps.jsonl").read_text().splitlines()
+    assert len(lines) == len(two.losses)
+
+
+@given(st.integers(1, 9), st.integers(2, 4), st.sampled_from([20, 2048]))
+@hypothesis_settings(max_examples=15, deadline=None)
+def test_the_mean_over_the_shares_is_the_loss_of_the_whole_batch(
+    rows: int, size: int, candidates: int
+) -> None:
+    """And so is its gradient, also where a share has no row."""
+    given = tiny.settings(train_candidates=candidates, distill_lambda=0.3)
+    model = tiny.teacher(given)
+    states = teacher.encoder_states(model.encoder, tiny.queries())
+
+    def loss_of(group: Group) -> torch.Tensor:
+        options = {"max_history": 4, "batch_size": rows, "group": group}
+        batches = teacher.GatedPrompts(states, tiny.pieces(), tiny.queries(), **options)
+        batches.plan = [np.arange(rows) * 3]
+        counts.append({n: batches[0][n] for n in ("samples", "tokens")})
+        torch.manual_seed(5)
+        loss = teacher.training_loss(model, batches[0], given, 0.3, Observer())
+        loss.backward()
+        return loss.detach()
+
+    counts: list[dict[str, int]] = []
+    whole = loss_of(ranks.ALONE)
+    expected = [p.grad.clone() for p in model.trainable()]
+    model.zero_grad()
+    mean = sum(loss_of(Group(rank, size)) for rank in range(size)) / size
+    assert tiny.close(mean, whole)
+    for parameter, gradient in zip(model.trainable(), expected, strict=True):
+        assert tiny.close(parameter.grad / size, gradient, 1e-4)
+    assert all(each == counts[0] for each in counts)
+
+
+def test_a_process_that_dies_ends_the_training(store: Store) -> None:
+    def kill(step: Any) -> None:
+        for process in ranks_alive():
+            process.send_signal(signal.SIGKILL)
+
+    observer = Observer(on_step=kill)
+    with pytest.raises(RankDied, match="rank 1 of 2 ended early"):
+        fitted(store, chosen(devices=2, lr=1e-3), observer)
+    assert not ranks_alive()
+
+
+def test_a_process_that_never_comes_ends_the_training(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted(store, chosen())
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(RankDied, match="rank 1 of 2 ended early: no output"):
+        fitted(store, chosen(devices=2, lr=2e-3))
+
+
+def test_the_others_end_with_rank_0(store: Store) -> None:
+    def stop(step: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(store, chosen(devices=2, lr=3e-3), Observer(on_step=stop))
+    assert not ranks_alive()
+
+
+@pytest.mark.parametrize(
+    ("train", "text"),
+    [
+        ({"devices": 2}, "the plain loop drives one"),
+        ({"devices": "auto"}, "the plain loop drives one"),
+        ({"strategy": "ddp"}, "strategy ddp needs train.devices above 1"),
+        ({"trainer": "lightning", "devices": 8, "batch_size": 7}, "more than batch_size 7"),
+        ({"trainer": "lightning", "devices": 2, "precision": "fp16-true"}, "use fp16-mixed"),
+        ({"devices": 0}, "a whole number above 0"),
+        ({"devices": True}, "a whole number above 0"),
+        ({"devices": 1.5}, "a whole number above 0"),
+        ({"devices": "many"}, "auto"),
+    ],
+)
+def test_what_several_devices_cannot_do_is_refused(train: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        TrainSettings.model_validate(train)
+
+
+def here(gpus: int) -> dict[str, Any]:
+    packages = dict.fromkeys(("torch", "pytorch-lightning"), "1")
+    return {"has_gpu": gpus > 0, "gpus": [{"capability": [9, 0]}] * gpus, "packages": packages}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "devices", "strategy", "reason"),
+    [
+        (2, 2, "auto", None),
+        (2, "auto", "ddp", None),
+        (2, 4, "auto", "train.devices=4: this machine has 2 GPUs"),
+        (0, 4, "ddp", None),
+        (0, 2, "fsdp", "train.strategy=fsdp: validation and checkpoints"),
+        (2, 2, "fsdp", "train.strategy=fsdp: validation and checkpoints"),
+    ],
+)
+def test_a_machine_says_what_it_cannot(
+    gpus: int, devices: int | str, strategy: str, reason: str | None
+) -> None:
+    train = {"trainer": "lightning", "devices": devices, "strategy": strategy}
+    settings = Settings(train=TrainSettings.model_validate(train))
+    found = machine.unsupported(settings, here(gpus))
+    assert found is None if reason is None else str(found).startswith(reason)
+
+
+def test_fsdp_is_refused_before_anything_is_built(store: Store) -> None:
+    with pytest.raises(InputError, match="use ddp"):
+        fitted(store, chosen(devices=2, strategy="fsdp"))
+
+
+MATRIX = """\
+question: Do two processes train faster than one?
+stages: [teacher_fit, teacher_test]
+base:
+  data.synthetic: {users: 40, items: 60, mean_length: 9}
+  student: {hidden_size: 16, num_blocks: 1, max_length: 6, max_epochs: 1}
+  train: {trainer: lightning, batch_size: 8, max_epochs: 1, max_steps: 8}
+  machine.device: cpu
+axes:
+  train.devices: [1, 2]
+include:
+  - {train.devices: 2, train.strategy: ddp}
+repeats: 1
+preflight: always
+"""
+
+
+@pytest.mark.slow
+def test_devices_as_an_axis_through_the_real_worker(tmp_path: Path) -> None:
+    path = tmp_path / "devices.yaml"
+    path.write_text(MATRIX)
+    command = [sys.executable, "-m", "bench.run", str(path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "out" / "devices").glob("*/")
+    found = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["status"]) for r in found] == [
+        ("teacher_fit", "ok"),
+        ("teacher_test", "ok"),
+    ] * 2, "rank 0 alone writes"
+    fits = {record["cell"]: record for record in found if record["stage"] == "teacher_fit"}
+    (name,) = fits.keys() - {"baseline"}
+    assert tiny.close(fits[name]["losses"], fits["baseline"]["losses"], 1e-5)
+    samples = [[step["samples"] for step in fits[cell]["steps"]] for cell in fits]
+    assert samples[0] == samples[1], "seconds for a sample are those of the whole micro-batch"
+    report = (folder / "report.md").read_text()
+    for setting, words in (("train.devices", "2 processes over gloo"), ("train.strategy", "DDP")):
+        rows = [line for line in report.splitlines() if f"`{setting}`" in line and words in line]
+        assert rows and all("holds" in row for row in rows), setting
