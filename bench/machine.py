@@ -4,17 +4,30 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import psutil
 
-from bench.gpus import gpus
+from bench.checkup.fitness import (
+    allocator_options,
+    asks_expandable_segments,
+    busy,
+    distorting,
+    find_compiler,
+    gib,
+    unread_allocator_variables,
+)
+from bench.matrix import Cell
+from bench.metering.gpus import driver, gpus
+from core.config import InputError
 from core.settings import Settings
 
 PACKAGES = (
@@ -55,19 +68,20 @@ VARIABLES = (
 """Prefixes of environment variables that can change what is measured."""
 SECRETS = ("_TOKEN", "_KEY", "SECRET", "PASSWORD")
 
-DISTORTING = {
-    "CUDA_LAUNCH_BLOCKING": "every kernel waits for the one before",
-    "PYTORCH_NO_CUDA_MEMORY_CACHING": "every tensor is a driver allocation",
-    "TORCH_LOGS": "logging runs inside the timed steps",
-}
-"""Variables that make every timing meaningless while set."""
-
 LEAST_DISK_BYTES = 1 << 30
 LEAST_MEMORY_BYTES = 1 << 30
 LEAST_CAPABILITY = (8, 0)
-"""First CUDA capability with bfloat16 tensor cores and FlashAttention-2 kernels (Ampere)."""
+"""First CUDA capability with bfloat16 and TF32 products and FlashAttention-2 kernels (Ampere)."""
 
 Machine = dict[str, Any]
+
+
+class Obstacle(NamedTuple):
+    """Why a cell is never started."""
+
+    status: Literal["unsupported", "skipped", "timeout"]
+    """Of its records: this machine cannot, it could and should not, or none that can came."""
+    reason: str
 
 
 class UnfitMachine(Exception):
@@ -76,7 +90,13 @@ class UnfitMachine(Exception):
 
 def has_gpu() -> bool:
     """Whether a worker would find a CUDA device: one is visible and torch is built for CUDA."""
-    return bool(gpus()) and not _version("torch").endswith("+cpu")
+    return bool(gpus()) and not installed_version("torch").endswith("+cpu")
+
+
+def obstacle(settings: Settings, machine: Mapping[str, Any]) -> Obstacle | None:
+    """What `unsupported` says, as the reason for which a cell never starts."""
+    reason = unsupported(settings, machine)
+    return Obstacle("unsupported", reason) if reason else None
 
 
 def unsupported(settings: Settings, machine: Mapping[str, Any]) -> str | None:
@@ -84,12 +104,22 @@ def unsupported(settings: Settings, machine: Mapping[str, Any]) -> str | None:
 
     `machine` needs the keys `gpus`, `has_gpu` and `packages` of `environment`.
     """
-    if settings.machine.image != "host":
-        return container_problem()
+    if settings.machine.image != "host":  # its libraries are the image's own affair
+        machine = {
+            "has_gpu": bool(machine["gpus"]),
+            "gpus": machine["gpus"],
+            "packages": dict.fromkeys(PACKAGES, "the image's"),
+        }
     if settings.machine.device == "cuda" and not machine["has_gpu"]:
         return "machine.device=cuda: no usable GPU here; machine.device=cpu runs without one"
     on_gpu = machine["has_gpu"] and settings.machine.device != "cpu"
-    checks = (_attention_problem, _precision_problem)
+    checks = (
+        _allocator_problem,
+        _attention_problem,
+        _precision_problem,
+        _compile_problem,
+        _devices_problem,
+    )
     for check in checks:
         if problem := check(settings, machine, on_gpu):
             return problem
@@ -98,6 +128,18 @@ def unsupported(settings: Settings, machine: Mapping[str, Any]) -> str | None:
     if settings.train.trainer == "lightning" and not machine["packages"].get("pytorch-lightning"):
         return "train.trainer=lightning: pytorch-lightning is not installed"
     return None
+
+
+def _allocator_problem(settings: Settings, machine: Mapping[str, Any], on_gpu: bool) -> str | None:
+    """Expandable segments need virtual memory of the driver, which vGPUs and Jetsons lack."""
+    if not on_gpu or not asks_expandable_segments(allocator_options(settings)):
+        return None
+    if driver().get("virtual_memory", ())[:1] != [False]:
+        return None
+    return (
+        "expandable_segments: this GPU's driver maps no virtual memory (attribute 102 = 0), so the "
+        "first tensor would fail with 'CUDA driver error: operation not supported'"
+    )
 
 
 def _attention_problem(settings: Settings, machine: Mapping[str, Any], on_gpu: bool) -> str | None:
@@ -114,12 +156,33 @@ def _attention_problem(settings: Settings, machine: Mapping[str, Any], on_gpu: b
 
 def _precision_problem(settings: Settings, machine: Mapping[str, Any], on_gpu: bool) -> str | None:
     precision = settings.train.precision
-    if precision == "fp16-mixed" and not on_gpu:
-        return "train.precision=fp16-mixed: no float16 autocast on the CPU; bf16-mixed runs here"
-    if precision.startswith("bf16") and on_gpu:
-        capability = _capability(machine)
-        if capability and capability < LEAST_CAPABILITY:
-            return f"train.precision={precision}: {_too_old(capability)}; fp16-mixed runs here"
+    if precision == "tf32" and not on_gpu:
+        return "train.precision=tf32: the CPU has no TF32 products; fp32 runs here"
+    instead = {"tf32": "fp32", "bf16-mixed": "fp16-mixed", "bf16-true": "fp16-true"}.get(precision)
+    capability = _capability(machine)
+    if instead and on_gpu and capability and capability < LEAST_CAPABILITY:
+        return f"train.precision={precision}: {_too_old(capability)}; {instead} runs here"
+    return None
+
+
+def _compile_problem(settings: Settings, machine: Mapping[str, Any], on_gpu: bool) -> str | None:
+    language = "C" if on_gpu else "C++"
+    in_image = settings.machine.image != "host"
+    if settings.train.compile == "off" or in_image or find_compiler(language):
+        return None
+    return f"train.compile={settings.train.compile}: no {language} compiler; off runs here"
+
+
+def _devices_problem(settings: Settings, machine: Mapping[str, Any], on_gpu: bool) -> str | None:
+    """Several devices are GPUs, or any number of processes on a CPU."""
+    wanted, found = settings.train.devices, len(machine["gpus"])
+    if settings.train.strategy == "fsdp":
+        return (
+            "train.strategy=fsdp: validation and checkpoints of this teacher need the whole "
+            "model in one process; ddp runs here"
+        )
+    if on_gpu and wanted != "auto" and wanted > found:
+        return f"train.devices={wanted}: this machine has {found} GPU{'s' * (found != 1)}"
     return None
 
 
@@ -133,30 +196,12 @@ def _too_old(capability: tuple[int, int]) -> str:
     return f"needs CUDA capability 8.0, this GPU has {capability[0]}.{capability[1]}"
 
 
-@functools.cache
-def container_problem() -> str:
-    """Why no cell can run inside an image here."""
-    for engine in ("docker", "podman"):
-        if shutil.which(engine) and _answers([engine, "info", "--format", "{{json .}}"]):
-            return "containers: this version does not start workers in images yet"
-    return "no container engine: neither docker nor podman answers"
-
-
-def _answers(command: list[str]) -> bool:
-    """Some clients exit 0 although their daemon is away, hence the error text."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=3)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0 and "annot connect" not in done.stderr
-
-
 def brief() -> Machine:
     """The part of the environment that decides which cells can run; quick enough for a plan."""
     return {
         "has_gpu": has_gpu(),
         "gpus": [dict(gpu) for gpu in gpus()],
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
     }
 
 
@@ -177,7 +222,20 @@ def environment() -> Machine:
         "memory_available_bytes": memory.available,
         "variables": variables(),
         "git": _git(),
+        "code": code_digest(),
     }
+
+
+def code_digest() -> str:
+    """Content address of the measured and the measuring code, 16 hexadecimal digits.
+
+    Unlike a commit it tells changes that were never committed, and survives those of documents.
+    """
+    root, digest = Path(__file__).resolve().parent.parent, sha256()
+    for path in sorted([*root.glob("core/*.py"), *root.glob("bench/**/*.py")]):
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def variables() -> dict[str, str]:
@@ -189,33 +247,58 @@ def variables() -> dict[str, str]:
     }
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, on_gpu: bool = True) -> None:
     """Raise UnfitMachine, naming every reason at once, if nothing should be measured here now."""
-    if problems := problems_here(folder):
+    if problems := problems_here(folder, on_gpu):
         raise UnfitMachine("\n".join(f"machine: {problem}" for problem in problems))
 
 
-def problems_here(folder: Path) -> list[str]:
-    """Reasons not to measure now; `folder` (or its nearest existing parent) takes the results."""
-    problems = [
-        f"{name}={os.environ[name]} is set: {effect}; unset it"
-        for name, effect in DISTORTING.items()
-        if os.environ.get(name, "0") not in ("", "0")
-    ]
+def problems_here(folder: Path, on_gpu: bool = True) -> list[str]:
+    """Reasons not to measure now; `folder` (or its nearest existing parent) takes the results.
+
+    `on_gpu`: some cell would use a GPU if there is one.
+    """
+    problems = [f"{problem}; unset it" for problem in distorting(os.environ)]
+    if on_gpu and has_gpu():
+        problems += unread_allocator_variables(os.environ, installed_version("torch"))
+        problems += busy(gpus())
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < LEAST_DISK_BYTES:
         problems.append(
-            f"{existing} has {_gib(free_bytes)} free; a run needs {_gib(LEAST_DISK_BYTES)}"
+            f"{existing} has {gib(free_bytes)} free; a run needs {gib(LEAST_DISK_BYTES)}"
         )
     available_bytes = psutil.virtual_memory().available
     if available_bytes < LEAST_MEMORY_BYTES:
         problems.append(
-            f"{_gib(available_bytes)} of memory free; a worker needs {_gib(LEAST_MEMORY_BYTES)}"
+            f"{gib(available_bytes)} of memory free; a worker needs {gib(LEAST_MEMORY_BYTES)}"
         )
     if not os.access(existing, os.W_OK):
         problems.append(f"{existing} cannot be written; choose another folder with --out")
     return problems
+
+
+def image_torch(image: str) -> str | None:
+    """Version of the torch a cell of this image would load; None if only the image knows."""
+    if image == "host":
+        return installed_version("torch") or None
+    dockerfile = Path(__file__).parent.parent / f"Dockerfile.{image}"
+    if not dockerfile.is_file():
+        return None
+    found = re.search(r"pytorch/pytorch:(\d+\.\d+\.\d+)-cuda", dockerfile.read_text())
+    return found[1] if found else None
+
+
+def refuse_useless_variables(cells: Sequence[Cell]) -> None:
+    """Raise InputError for variables in `machine.env` that distort timing or that nobody reads."""
+    problems: dict[str, None] = {}
+    for cell in cells:
+        given = dict(entry.split("=", 1) for entry in cell.settings.machine.env)
+        torch = image_torch(cell.settings.machine.image)
+        for problem in (*distorting(given), *unread_allocator_variables(given, torch)):
+            problems[f"machine.env: {problem}; take it out (cell {cell.name})"] = None
+    if problems:
+        raise InputError("\n".join(problems))
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -232,12 +315,9 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return found
 
 
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 30):.1f} GiB"
-
-
 @functools.cache
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """Version of an installed distribution, empty without it; nothing is imported."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -20,6 +20,8 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from bench.overrides import Axes, Entry, Overrides, flatten, nest, nested, problem, refuse, show
+from bench.schedule.autos import stand_in, written
+from bench.schedule.budget import Duration
 from core import config
 from core.config import InputError, Location, did_you_mean
 from core.settings import Fraction, Positive, Settings, StageName
@@ -42,12 +44,13 @@ def _in_running_order(stages: tuple[StageName, ...]) -> tuple[StageName, ...]:
 
 
 class WithoutGpu(BaseModel):
-    """What replaces leaves of the base and values of axes on a machine without a GPU."""
+    """What replaces leaves of the base, values of axes and the memory limit, without a GPU here."""
 
     model_config = _STRICT
 
     base: Overrides = {}
     axes: Axes = {}
+    max_memory_gib: Annotated[float, Field(gt=0)] | None = None
 
 
 class Matrix(BaseModel):
@@ -72,13 +75,47 @@ class Matrix(BaseModel):
     include: tuple[Entry, ...] = ()
     exclude: tuple[Entry, ...] = ()
     repeats: Positive = 5
+    """Fresh processes for each cell."""
+    max_repeats: Positive | None = None
+    """After `repeats` blocks further ones, up to so many in all, of the baseline and the cells
+    that are undecided and that those could decide. The looks in between share the error rate.
+    """
+    remeasures: Annotated[int, Field(ge=0)] = 1
+    """How often a repeat that was disturbed (throttled, foreign processes) is measured again."""
+    too_slow: Annotated[float, Field(gt=1)] | None = 5.0
+    """A cell surely so many times slower than the best one after two blocks is not repeated."""
+    budget_s: Duration | None = None
+    """Limit of the whole run: no block is started that would not end in time."""
+    cell_budget_s: Duration | None = None
+    """Limit of all measured processes of one cell."""
     floor: Fraction = 0.02
     """Smallest ratio worth acting on."""
+    objective: Literal["time", "memory", "both"] = "time"
+    """What the best cell has least of: time of all stages, peak memory, or their product."""
+    max_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """A cell whose peak is above this is not recommended; a batch size `auto` stays below it."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2
-    """Steps kept in the record and left out of the judgement."""
+    """Steps at least kept in the record and left out of the judgement, which finds by itself where
+    the steps become steady.
+    """
     timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """Limit of one process."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """A process without a new step or phase for so long is ended: it hangs."""
+    phase_timeouts_s: dict[str, Annotated[float, Field(gt=0)]] = {"compile": 600.0}
+    """Limits of single phases of a stage, each time one is entered; `compile` counts in sum."""
+    preflight: Literal["auto", "always", "never"] = "auto"
+    """Before the first repeat of any cell, a short trial of each: a few steps, save, load in a
+    fresh process, compare. `auto` leaves out cells that earlier runs show to be short.
+    """
+    preflight_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Limit of one cell's trial."""
     without_gpu: WithoutGpu | None = None
+
+    @property
+    def most_repeats(self) -> int:
+        """Blocks at most."""
+        return max(self.repeats, self.max_repeats or 0)
 
     @model_validator(mode="after")
     def _plannable(self) -> Self:
@@ -108,6 +145,12 @@ def cells(matrix: Matrix, has_gpu: bool) -> list[Cell]:
     return _plan(matrix, has_gpu)[0]
 
 
+def with_limit_of(matrix: Matrix, has_gpu: bool) -> Matrix:
+    """The matrix with the limit of memory that holds on a machine with or without a GPU."""
+    other = matrix.without_gpu.max_memory_gib if matrix.without_gpu and not has_gpu else None
+    return matrix if other is None else matrix.model_copy(update={"max_memory_gib": other})
+
+
 def schedule(cells: Sequence[Cell], repeats: int) -> list[tuple[int, Cell]]:
     """(block, cell) in order of execution.
 
@@ -127,7 +170,8 @@ def load_matrix(path: Path, sets: Sequence[str] = (), base_file: Path | None = N
     that starts with a field of `Matrix` (`repeats`, `axes.teacher.attn`) replaces that, any other
     is a leaf of the base. The command line beats the file: what it replaces is also taken out of
     `without_gpu`, which would undo it on a machine without a GPU. A leaf that is an axis is
-    refused, because every cell overrides it.
+    refused, because every cell overrides it. A batch size that is `auto` has a number that stands
+    in for it (bench.schedule.autos).
     """
     document = config.read(path)
     if base_file is not None and isinstance(document.root.value, dict):
@@ -140,6 +184,7 @@ def load_matrix(path: Path, sets: Sequence[str] = (), base_file: Path | None = N
         config.put(document, option, inside=above)
         _drop(document.root, ["without_gpu", *above, *key])
     _order_axes(document.root)
+    stand_in(document.root)
     matrix = config.check(document, Matrix)
     for leaf in matrix.axes:
         node = _at(document.root, ["base", *leaf.split(".")])
@@ -151,7 +196,7 @@ def load_matrix(path: Path, sets: Sequence[str] = (), base_file: Path | None = N
 
 def resolved(matrix: Matrix) -> str:
     """The matrix as YAML with every key written out; reading it again gives the same cells."""
-    return config.dump(matrix)
+    return written(config.dump(matrix))
 
 
 def _option_keys(option: str) -> tuple[list[str], list[str]]:

@@ -1,37 +1,41 @@
-"""Memory of one device over time: an NVML sampler in its own process, and a worker's hold on it.
+"""One GPU through NVML: bytes, clocks, counters, processes; each a value or why there is none."""
 
-`python -m bench.nvml OUT.jsonl --device UUID_OR_PCI_BUS_ID` appends one line for each sample
-and one that tells source and interval. A line on its stdin asks for a sample at once, which is
-answered on stdout too; it ends when stdin closes.
-"""
-
-import argparse
-import contextlib
 import importlib
-import json
-import os
-import select
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, TextIO
+from pathlib import Path, PurePath
+from typing import Any
 
 import pynvml
 
 LIBRARY_VARIABLE = "ILORA_BENCH_NVML_LIBRARY"
 """`module:object` in place of the driver's library, below the real binding; for tests, replays."""
-SHARE_OF_CORE = 0.01
-SHORTEST_S, LONGEST_S = 0.05, 0.1
-"""Torch keeps freed segments, so a sample in this range sees the peak of its allocator."""
-POLLS_TO_TIME = 5
-ANSWER_S = 10.0
-"""A sampler silent for this long is given up: a driver that hangs must not hang the stage."""
+INITIAL_PID_NAMESPACE = "pid:[4026531836]"
+"""PROC_PID_INIT_INO of linux/proc_ns.h: the namespace whose numbers the driver knows."""
+
+# Only ids that no release of nvml.h has moved. Those of CLOCKS_EVENT_REASON_*_SLOWDOWN went from
+# 251 to 269: a binding of another age than the driver would read its neighbour's counter.
+THROTTLES = {
+    "power": pynvml.NVML_FI_DEV_PERF_POLICY_POWER,
+    "thermal": pynvml.NVML_FI_DEV_PERF_POLICY_THERMAL,
+    "sync_boost": pynvml.NVML_FI_DEV_PERF_POLICY_SYNC_BOOST,
+    "board_limit": pynvml.NVML_FI_DEV_PERF_POLICY_BOARD_LIMIT,
+    "reliability": pynvml.NVML_FI_DEV_PERF_POLICY_RELIABILITY,
+}
+"""Why clocks were held down -> field id of the cumulative counter, nanoseconds."""
+SLOWDOWNS = {
+    "sw_thermal": pynvml.nvmlClocksEventReasonSwThermalSlowdown,
+    "hw_thermal": pynvml.nvmlClocksEventReasonHwThermalSlowdown,
+    "hw_power_brake": pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
+}
+"""What only the present reasons tell reliably -> its bit."""
+VALUE_MEMBERS = {
+    pynvml.NVML_VALUE_TYPE_UNSIGNED_INT: "uiVal",
+    pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG: "ulVal",
+    pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG: "ullVal",
+    pynvml.NVML_VALUE_TYPE_SIGNED_LONG_LONG: "sllVal",
+}
 
 
 @dataclass(frozen=True)
@@ -45,30 +49,41 @@ class Unavailable:
 class Gauge:
     """Reads the bytes in use on one device; `source` says what they contain."""
 
+    device: str
+    """UUID or PCI bus id as NVML knows it."""
+    handle: Any
     read: Callable[[], int | Unavailable]
     source: str
 
 
-@dataclass(frozen=True)
-class Window:
-    """What the samples between two moments say."""
-
-    peak_bytes: int
-    samples: int
-    interval_s: float
-    """Achieved mean distance of the samples; 0 for a single one."""
-
-
-# ---- NVML ----
+def as_json(figure: Any) -> Any:
+    """A figure as records hold it: itself, or {"unavailable": reason}."""
+    return {"unavailable": figure.reason} if isinstance(figure, Unavailable) else figure
 
 
 def ask(function: Callable[..., Any], *arguments: Any) -> Any:
     """The value of one NVML query, or Unavailable with the reason; None counts as no value."""
     try:
         value = function(*arguments)
-    except pynvml.NVMLError as error:
+    # The second is no kind of the first: what the binding makes of a function an old driver lacks.
+    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as error:
         return Unavailable(f"{function.__name__}: {error}")
     return Unavailable(f"{function.__name__}: no value") if value is None else value
+
+
+def library_object(name: str) -> Any:
+    """What `module:object` names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def replace_library(name: str) -> None:
+    """Put the object `module:object` where the binding keeps the driver's library."""
+    pynvml.nvmlLib = library_object(name)
+    pynvml._nvmlGetFunctionPointer_cache.clear()
+
+
+# ---- the device and its memory ----
 
 
 def open_gauge(device: str) -> Gauge | Unavailable:
@@ -82,23 +97,34 @@ def open_gauge(device: str) -> Gauge | Unavailable:
         return Unavailable(f"no NVML library: {error}")
     except pynvml.NVMLError as error:
         return Unavailable(f"no NVML: {error}")
-    by_uuid = device.startswith(("GPU-", "MIG-"))
-    handle = ask(
-        pynvml.nvmlDeviceGetHandleByUUID if by_uuid else pynvml.nvmlDeviceGetHandleByPciBusId,
-        device,
-    )
+    handle = _handle(device)
+    if isinstance(handle, Unavailable) and device.startswith("GPU-"):
+        # CUDA tells the id of a slice as it tells that of a GPU; NVML marks it.
+        slice_name = "MIG-" + device.removeprefix("GPU-")
+        slice_handle = _handle(slice_name)
+        if not isinstance(slice_handle, Unavailable):
+            device, handle = slice_name, slice_handle
     if isinstance(handle, Unavailable):
         return Unavailable(f"no device {device}: {handle.reason}")
     newer = _used_without_reserve(handle)
     if not isinstance(newer, Unavailable):
-        return Gauge(partial(_used_without_reserve, handle), "NVML memory v2, without reserved")
+        read = partial(_used_without_reserve, handle)
+        return Gauge(device, handle, read, "NVML memory v2, without reserved")
     older = _used_with_reserve(handle)
     if isinstance(older, Unavailable):
         return older
     return Gauge(
+        device,
+        handle,
         partial(_used_with_reserve, handle),
         f"NVML memory v1, driver-reserved included (v2: {newer.reason})",
     )
+
+
+def _handle(device: str) -> Any:
+    if device.startswith(("GPU-", "MIG-")):
+        return ask(pynvml.nvmlDeviceGetHandleByUUID, device)
+    return ask(pynvml.nvmlDeviceGetHandleByPciBusId, device)
 
 
 def _used_without_reserve(handle: Any) -> int | Unavailable:
@@ -120,187 +146,80 @@ def _used_with_reserve(handle: Any) -> int | Unavailable:
     return memory if isinstance(memory, Unavailable) else int(memory.used)
 
 
-def replace_library(name: str) -> None:
-    """Put the object `module:object` where the binding keeps the driver's library."""
-    module, _, attribute = name.partition(":")
-    pynvml.nvmlLib = getattr(importlib.import_module(module), attribute)
-    pynvml._nvmlGetFunctionPointer_cache.clear()
+# ---- what else a device tells ----
 
 
-# ---- the sampler process ----
+def conditions(handle: Any) -> dict[str, Any]:
+    """Clocks in MHz, temperature in °C and the slowdowns in force, as records hold them."""
+    reasons = ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    if isinstance(reasons, Unavailable):  # its name before driver 535
+        reasons = ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+    if not isinstance(reasons, Unavailable):
+        reasons = [name for name, bit in SLOWDOWNS.items() if reasons & bit]
+    readings = {
+        "sm_mhz": ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        "memory_mhz": ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+        "temperature_c": ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        "slowdowns": reasons,
+    }
+    return {name: as_json(value) for name, value in readings.items()}
 
 
-def main() -> int:
-    """Sample until stdin closes or the parent dies. Exit 3 when this machine has no such gauge."""
-    parser = argparse.ArgumentParser(prog="python -m bench.nvml", description=__doc__)
-    parser.add_argument("out", type=Path, help="JSON lines file to append to")
-    parser.add_argument("--device", required=True, help="GPU-… or MIG-… UUID, or a PCI bus id")
-    parser.add_argument("--interval", type=float, help="seconds; default: from the cost of a poll")
-    arguments = parser.parse_args()
-    parent = os.getppid()
-    if library := os.environ.get(LIBRARY_VARIABLE):
-        replace_library(library)
-    gauge = open_gauge(arguments.device)
-    with arguments.out.open("a", encoding="utf-8") as trace:
-        if isinstance(gauge, Unavailable):
-            _write({"unavailable": gauge.reason}, trace, sys.stdout)
-            return 3
-        poll_s = statistics.median(_timed_sample(gauge, trace) for _ in range(POLLS_TO_TIME))
-        interval_s = arguments.interval or affordable_interval(poll_s)
-        _write(
-            {"source": gauge.source, "poll_s": poll_s, "interval_s": interval_s}, trace, sys.stdout
-        )
-        _sample_until_closed(gauge, interval_s, parent, trace)
-    return 0
+def energy_mj(handle: Any) -> int | Unavailable:
+    """Millijoules since the driver was loaded; a counter that moves in steps."""
+    value: int | Unavailable = ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+    return value
 
 
-def affordable_interval(poll_s: float) -> float:
-    """Seconds between polls: 1 % of a core for polling, as far as 50 to 100 ms allow."""
-    return min(max(poll_s / SHARE_OF_CORE, SHORTEST_S), LONGEST_S)
+def throttled_ns(handle: Any) -> dict[str, Any] | Unavailable:
+    """Nanoseconds so far that each of THROTTLES has held the clocks down, as records hold them."""
+    fields = ask(pynvml.nvmlDeviceGetFieldValues, handle, list(THROTTLES.values()))
+    if isinstance(fields, Unavailable):
+        return fields
+    return {name: as_json(_value(field)) for name, field in zip(THROTTLES, fields, strict=True)}
 
 
-def _sample_until_closed(gauge: Gauge, interval_s: float, parent: int, trace: TextIO) -> None:
-    """A forked child of the parent may hold our stdin open, so the parent itself is watched too."""
-    due_s = time.monotonic()
-    while os.getppid() == parent:
-        wait_s = max(0.0, due_s - time.monotonic())
-        if select.select([0], [], [], wait_s)[0]:
-            asked = os.read(0, 4096)
-            if not asked:
-                return
-            for name in asked.decode().splitlines():
-                _write({"mark": name, **_sample(gauge)}, trace, sys.stdout)
-        else:
-            _write(_sample(gauge), trace)
-            due_s = time.monotonic() + interval_s
+def _value(field: Any) -> int | Unavailable:
+    if field.nvmlReturn:
+        return Unavailable(str(pynvml.NVMLError(field.nvmlReturn)))
+    member = VALUE_MEMBERS.get(field.valueType)
+    if member is None:
+        return Unavailable(f"field {field.fieldId} is of type {field.valueType}, no whole number")
+    return int(getattr(field.value, member))
 
 
-def _sample(gauge: Gauge) -> dict[str, Any]:
-    used = gauge.read()
-    value = as_json(used)
-    figure = value if isinstance(value, dict) else {"used_bytes": value}
-    return {"monotonic_s": time.monotonic(), **figure}
+def processes(handle: Any, is_own: Callable[[int], bool]) -> list[dict[str, Any]] | Unavailable:
+    """Programs that compute on the device: pid, bytes, whether `is_own(pid)`, name of a foreign
+    one.
 
-
-def _timed_sample(gauge: Gauge, trace: TextIO) -> float:
-    """Seconds one sample takes, writing included."""
-    begun = time.perf_counter()
-    _write(_sample(gauge), trace)
-    return time.perf_counter() - begun
-
-
-def _write(line: Mapping[str, Any], *files: TextIO) -> None:
-    text = json.dumps(line) + "\n"
-    for file in files:
-        file.write(text)
-        file.flush()
-
-
-# ---- the worker's side ----
-
-
-def as_json(figure: int | Unavailable) -> int | dict[str, str]:
-    """A figure as records hold it."""
-    return {"unavailable": figure.reason} if isinstance(figure, Unavailable) else figure
-
-
-def read_window(trace: Path, start_s: float, end_s: float) -> Window | Unavailable:
-    """Peak of the samples with start_s ≤ time ≤ end_s of `time.monotonic`, one clock for all.
-
-    One failed sample makes the peak unavailable: what it would have shown may have been the peak.
+    The driver counts processes by the host's numbers, whoever asks: Unavailable where ours are
+    others.
     """
-    lines = trace.read_text(encoding="utf-8").splitlines()
-    samples = [line for line in map(json.loads, lines) if "monotonic_s" in line]
-    inside = [line for line in samples if start_s <= line["monotonic_s"] <= end_s]
-    failed = [line["unavailable"] for line in inside if "unavailable" in line]
-    if failed:
-        return Unavailable(f"{len(failed)} of {len(inside)} samples failed: {failed[0]}")
-    if not inside:
-        return Unavailable("no sample in this time")
-    times = [line["monotonic_s"] for line in inside]
-    return Window(
-        peak_bytes=max(line["used_bytes"] for line in inside),
-        samples=len(inside),
-        interval_s=(max(times) - min(times)) / max(1, len(times) - 1),
-    )
-
-
-class Sampler:
-    """A running sampler process; whatever it misses or loses becomes an Unavailable."""
-
-    def __init__(self) -> None:
-        self.source = ""
-        self._lost: Unavailable | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="ilora-bench-nvml-")
-        self._trace = Path(self._folder.name) / "device_memory.jsonl"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def pid(self) -> int | None:
-        """The sampler's process, which is no part of what is measured."""
-        return self._process.pid if self._process else None
-
-    def start(self, device: str) -> Unavailable | None:
-        """Start sampling a device given by UUID or PCI bus id; the reason if that is impossible."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.nvml", str(self._trace), "--device", device],
-            cwd=Path(__file__).parent.parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
+    if not has_host_pids():
+        return Unavailable(
+            "NVML knows processes by the host's numbers, and a container has numbers of its own"
         )
-        head = self._answer()
-        if isinstance(head, Unavailable):
-            return head
-        if "unavailable" in head:
-            self._lost = Unavailable(head["unavailable"])
-            return self._lost
-        self.source = head["source"]
-        return None
-
-    def mark(self, name: str) -> int | Unavailable:
-        """Take a sample now and wait for it; `name` (one line) says in the trace what for."""
-        if self._lost is None and self._process and self._process.stdin:
-            # A dead sampler has closed the pipe; reading its answer finds out why.
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.write(f"{name}\n".encode())
-        answer = self._answer()
-        if isinstance(answer, Unavailable):
-            return answer
-        if "unavailable" in answer:
-            return Unavailable(answer["unavailable"])
-        return int(answer["used_bytes"])
-
-    def window(self, start_s: float, end_s: float) -> Window | Unavailable:
-        """Peak, number and interval of the samples between two readings of `time.monotonic`."""
-        return self._lost or read_window(self._trace, start_s, end_s)
-
-    def stop(self) -> None:
-        """End the process and delete its trace."""
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                assert pipe is not None
-                pipe.close()
-        self._folder.cleanup()
-
-    def _answer(self) -> dict[str, Any] | Unavailable:
-        """The next line of the sampler; after one failure the sampler counts as lost for good."""
-        if self._lost:
-            return self._lost
-        assert self._process and self._process.stdout
-        waiting = select.poll()
-        waiting.register(self._process.stdout, select.POLLIN)
-        if not waiting.poll(ANSWER_S * 1000):
-            self._lost = Unavailable(f"the sampler gave no answer in {ANSWER_S:g} s")
-        elif line := self._process.stdout.readline():
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-        else:
-            self._lost = Unavailable(f"the sampler died with status {self._process.wait()}")
-        return self._lost
+    listed = ask(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
+    if isinstance(listed, Unavailable):
+        return listed
+    found = []
+    for one in listed:
+        no_figure = Unavailable("NVML lists this process without a figure")
+        used = no_figure if one.usedGpuMemory is None else one.usedGpuMemory
+        own = is_own(one.pid)
+        name = None if own else _process_name(one.pid)
+        found.append({"pid": one.pid, "bytes": as_json(used), "own": own, "name": name})
+    return found
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def has_host_pids() -> bool:
+    """Whether this process counts processes as the host's kernel does."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink()) == INITIAL_PID_NAMESPACE
+    except OSError:
+        return False
+
+
+def _process_name(pid: int) -> str | None:
+    name = ask(pynvml.nvmlSystemGetProcessName, pid)
+    return None if isinstance(name, Unavailable) else PurePath(name).name

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
+from bench.schedule.autos import AUTO, is_auto
 from core import config
 from core.config import Location, did_you_mean
 from core.settings import Settings
@@ -158,4 +159,4 @@ def show(value: Any) -> str:
         return f"[{', '.join(show(item) for item in value)}]"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return str(value)
+    return AUTO if is_auto(value) else str(value)

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from bench.deaths import Events
 from bench.execute import Progress
 from bench.launch import Outcome
+from bench.launching.deaths import Events
 from bench.plan import duration
 
 REDRAW_S = 0.5

@@ -38,22 +38,39 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a parent process is measuring this run at the moment."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def append(path: Path, group: Sequence[Record]) -> None:
     """Append all lines of one group with a single write and wait until they are on the disk.
 
-    Raises ValueError for a figure that is not finite: JSON has no word for it.
+    Raises ValueError for a figure that is not finite: JSON has no word for it; OSError when the
+    disk is full, the file being what it was before.
     """
     text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in group)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    size = os.fstat(descriptor).st_size
     try:
         _write_all(descriptor, text.encode())
         os.fsync(descriptor)
+    except OSError as error:
+        os.ftruncate(descriptor, size)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
-    """A full disk or a signal may shorten a write; `repair` removes what a crash left of it."""
+    """A signal may shorten a write; `repair` removes what a crash left of it."""
     while data:
         data = data[os.write(descriptor, data) :]
 
@@ -84,14 +101,19 @@ def repair(path: Path, stages: Sequence[str]) -> list[Record]:
 def last_group(records: Sequence[Record]) -> list[Record]:
     """The trailing records of one worker process."""
     size = 0
-    while size < len(records) and group_of(records[-1 - size]) == group_of(records[-1]):
+    while size < len(records) and process_of(records[-1 - size]) == process_of(records[-1]):
         size += 1
     return list(records[len(records) - size :])
 
 
 def group_of(record: Record) -> Group:
-    """The worker process a record belongs to; repeat 0 = rows of a cell that never started."""
+    """The repeat a record belongs to; repeat 0 = rows of a cell that never started."""
     return (record["key"], record["repeat"])
+
+
+def process_of(record: Record) -> tuple[str, int, int]:
+    """The worker process: a disturbed repeat is attempted more than once."""
+    return (*group_of(record), record.get("attempt", 0))
 
 
 def is_complete(group: Iterable[Record], stages: Sequence[str]) -> bool:
@@ -124,11 +146,17 @@ def empty_record(stage: str, status: str, reason: str | None) -> Record:
         "warmup_steps": 0,
         "counts": {},
         "memory": {},
+        "energy_j": None,
+        "device": {},
+        "host": {},
+        "memory_by_rows": {},
         "loader_wait_s": None,
         "facts": {},
         "losses": [],
         "metrics": {},
         "ranks": None,
+        "data_digest": None,
+        "tags": [],
         "warnings": [],
     }
 

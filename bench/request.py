@@ -10,7 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.launching.cluster import AUTO, NODE_S
+from bench.launching.starting import LAUNCHERS
 from bench.matrix import Cell, Matrix, load_matrix
+from bench.reporting.strings import ENGLISH
 from core.config import InputError, did_you_mean
 
 
@@ -26,6 +29,15 @@ class Request:
     base: Path | None
     out: Path
     worker: str | None
+    launcher: str | None
+    max_repeats: int | None = None
+    budget: str | None = None
+    profile: tuple[str, ...] = ()
+    objective: str | None = None
+    max_memory: float | None = None
+    lang: str = ENGLISH
+    address: str = AUTO
+    node_timeout_s: float = NODE_S
 
 
 def read_earlier(request: Request) -> dict[str, Any]:
@@ -69,10 +81,17 @@ def run_folder(request: Request) -> Path:
 
 def read_matrix(request: Request, earlier: dict[str, Any] | None) -> Matrix:
     """The matrix of the command line, or the resolved one of the run to finish."""
-    repeats = () if request.repeats is None else (f"repeats={request.repeats}",)
+    given = {
+        "repeats": request.repeats,
+        "max_repeats": request.max_repeats,
+        "budget_s": request.budget,
+        "objective": request.objective,
+        "max_memory_gib": request.max_memory,
+    }
+    limits = tuple(f"{key}={value}" for key, value in given.items() if value is not None)
     if earlier is not None:
-        return load_matrix(run_folder(request) / "matrix.yaml", repeats)
-    return load_matrix(request.matrix_file, (*request.sets, *repeats), request.base)
+        return load_matrix(run_folder(request) / "matrix.yaml", limits)
+    return load_matrix(request.matrix_file, (*request.sets, *limits), request.base)
 
 
 def choose(planned: list[Cell], only: Sequence[str]) -> list[Cell]:
@@ -83,8 +102,11 @@ def choose(planned: list[Cell], only: Sequence[str]) -> list[Cell]:
     return [cell for cell in planned if cell.name in names]
 
 
-def named(planned: Sequence[Cell], word: str) -> str:
-    """The cell of that name, or the only one whose name contains the word."""
+def named(planned: Sequence[Cell], word: str, option: str = "--only") -> str:
+    """The cell of that name, or the only one whose name contains the word; `option` asked for it.
+
+    Raises InputError.
+    """
     names = [cell.name for cell in planned]
     if word in names:
         return word
@@ -92,9 +114,12 @@ def named(planned: Sequence[Cell], word: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise InputError(f"--only {word}: fits {len(found)} cells; write one of {', '.join(found)}")
+        raise InputError(
+            f"{option} {word}: fits {len(found)} cells; write one of {', '.join(found)}"
+        )
     raise InputError(
-        f"--only {word}: no such cell{did_you_mean(word, names)}; the cells are {', '.join(names)}"
+        f"{option} {word}: no such cell{did_you_mean(word, names)}; "
+        f"the cells are {', '.join(names)}"
     )
 
 
@@ -106,3 +131,15 @@ def worker_command(request: Request, earlier: dict[str, Any] | None) -> list[str
     if not command or shutil.which(command[0]) is None:
         raise InputError(f"--worker {request.worker}: no such command")
     return command
+
+
+def chosen_launcher(request: Request, earlier: dict[str, Any] | None) -> str:
+    """How cells start; a resumed run keeps the way it began with."""
+    before = (earlier or {}).get("containers", {}).get("launcher", "auto")
+    chosen = str(request.launcher or before)
+    if chosen not in LAUNCHERS:
+        raise InputError(
+            f"--launcher {chosen}: not one of {', '.join(LAUNCHERS)}"
+            f"{did_you_mean(chosen, LAUNCHERS)}"
+        )
+    return chosen

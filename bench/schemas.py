@@ -8,12 +8,17 @@ from pydantic import BaseModel
 
 from bench.matrix import Matrix
 from bench.overrides import setting_leaves
+from bench.schedule.autos import ACTS_IN, AUTO
 from core.settings import Settings
 
 
 def matrix_schema() -> dict[str, Any]:
-    """JSON Schema of a matrix file: leaves by dotted name, axes also by short name."""
+    """JSON Schema of a matrix file: leaves by dotted name, axes also by short name; batch sizes may
+    be `auto`.
+    """
     document = _schema(Matrix)
+    for leaf in ACTS_IN:
+        _allow_auto(document, leaf)
     properties = document["properties"]
     whole = {leaf: {"$ref": _pointer(leaf)} for leaf in setting_leaves()}
     ends = [leaf.rpartition(".")[2] for leaf in setting_leaves()]
@@ -47,6 +52,17 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _allow_auto(document: dict[str, Any], leaf: str) -> None:
+    """Let the description of `leaf` take the word beside its number."""
+    *groups, name = _pointer(leaf).removeprefix("#/").split("/")
+    holder = document
+    for group in groups:
+        holder = holder[group]
+    known = holder[name]
+    about = {key: known.pop(key) for key in ("default", "title") if key in known}
+    holder[name] = {"anyOf": [known, {"const": AUTO}], **about}
 
 
 def _pointer(leaf: str) -> str:

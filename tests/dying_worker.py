@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from bench import worker
@@ -43,6 +44,31 @@ def gpu_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+def crash() -> None:
+    """A read from nowhere, as in a kernel built for another processor."""
+    import ctypes
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.string_at(0)
+
+
+def hang() -> None:
+    """A step that waits for what never comes, with a loader worker beside it."""
+    import torch
+
+    source = torch.utils.data.DataLoader(list(range(100)), num_workers=1)
+    next(iter(source))
+    time.sleep(3600)
+
+
+def no_such_package() -> None:
+    """An optional dependency that was never installed."""
+    import importlib
+
+    importlib.import_module("a_package_nobody_installed")
+
+
 def silent() -> None:
     """An exit status of 0 in the middle of the work."""
     sys.stdout.flush()
@@ -57,7 +83,7 @@ def work(cell: dict[str, Any], lines: worker.Lines) -> None:
         if lines.stage == cell["stages"][-1] and lines.step == 2:
             globals()[way]()
 
-    if way and not cell["prepare"]:
+    if way and cell["task"] == "measure":
         told = lines.progress
         lines.progress = lambda: (told(), die())[0]
     honest(cell, lines)

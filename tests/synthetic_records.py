@@ -14,6 +14,7 @@ STAGES = ("teacher_fit", "teacher_test", "teacher_outputs")
 FIT, TEST, OUTPUTS = STAGES
 BATCH = {FIT: 32, TEST: 64, OUTPUTS: 64}
 SECONDS_PER_SAMPLE = {FIT: 0.004, TEST: 0.002, OUTPUTS: 0.0015}
+STEPPING = {FIT: "train_steps", TEST: "evaluation", OUTPUTS: "outputs"}
 REPEATS = 5
 
 MATRIX = Matrix(
@@ -28,9 +29,10 @@ MATRIX = Matrix(
         "train.num_workers": [0, 2, 4],
         "teacher.inference_batch_size": [64, 256, 512],
         "train.trainer": ["loop", "lightning"],
-        "teacher.gradient_checkpointing": [False, True],
-        "teacher.lora_r": [8, 16, 32],
+        "teacher.gradient_checkpointing": [None, True],
+        "teacher.lora_r": [8, 16, 32, 64],
         "train.batch_size": [32, 128],
+        "train.compile": ["off", "regional", "whole"],
         "machine.image": ["host", "cu118"],
     },
     include=({"train.precision": "bf16-mixed", "teacher.inference_batch_size": 256},),
@@ -46,6 +48,7 @@ SPEED = {
         OUTPUTS: 0.57,
     },
     "train.precision=fp16-mixed": {FIT: 0.99},
+    "teacher.adapter=qlora": {FIT: 1.26, TEST: 1.07, OUTPUTS: 1.08},
     "teacher.attn=eager": {FIT: 1.17, TEST: 1.21, OUTPUTS: 1.2},
     "train.accumulate_grad_batches=4": {FIT: 0.9},
     "train.num_workers=2": {FIT: 1.001, TEST: 0.999},
@@ -53,23 +56,65 @@ SPEED = {
     "teacher.inference_batch_size=256": {TEST: 0.88, OUTPUTS: 0.9},
     "teacher.gradient_checkpointing=true": {FIT: 1.31},
     "teacher.lora_r=16": {FIT: 1.04, TEST: 1.03, OUTPUTS: 1.02},
+    "train.compile=regional": {FIT: 0.83, TEST: 1.001, OUTPUTS: 0.93},
 }
 # Spread between processes: wide for the cell that stays undecided.
 SPREAD = {"train.trainer=lightning": 0.02, "train.num_workers=2": 0.002}
 
-# How cells end that give no figures: status, stage, reason.
+# Seconds of compiling in each stage.
+COMPILE_S = {FIT: 14.2, TEST: 6.1, OUTPUTS: 5.9}
+
+# How cells end that give no figures: status, stage, phase of a timeout, reason, log.
 DEATHS = {
-    "train.precision=bf16-true": ("oom_host", FIT, "SIGKILL, the cgroup's oom_kill counter rose"),
-    "teacher.adapter=qlora": (
+    "train.precision=bf16-true": (
+        "oom_host",
+        FIT,
+        None,
+        "SIGKILL, the cgroup's oom_kill counter rose",
+        [],
+    ),
+    "train.batch_size=128": (
         "oom_gpu",
         FIT,
+        None,
         "CUDA out of memory | tried to allocate *2.00 GiB*",
+        [
+            "Traceback (most recent call last):",
+            '  File "/srv/someone/ilora-bench/core/loop.py", line 191, in train_step',
+            "    loss.backward()",
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        ],
     ),
-    "train.accumulate_grad_batches=8": ("killed", FIT, "signal 9 from outside"),
-    "train.num_workers=4": ("timeout", FIT, "train_steps: no progress in 3600 s"),
-    "teacher.inference_batch_size=512": ("driver", TEST, "CUDA error: operation not supported"),
-    "teacher.lora_r=32": ("import", "start_up", "libcudart.so: undefined symbol _ZN3c10"),
-    "train.batch_size=128": ("silent_exit", FIT, "exit 0 without an end record"),
+    "train.accumulate_grad_batches=8": ("killed", FIT, None, "signal 9 from outside", []),
+    "train.num_workers=4": (
+        "timeout",
+        FIT,
+        "train_steps",
+        "no sign of a next step for 900 s in teacher_fit, train_steps, step 3",
+        [],
+    ),
+    "train.compile=whole": (
+        "timeout",
+        FIT,
+        "compile",
+        "over 600 s in phase compile of teacher_fit; so far 3 graphs, 4 breaks",
+        ["\x1b[33mW1120 torch/_dynamo\x1b[0m function: forward", "last reason: lengths differ"],
+    ),
+    "teacher.inference_batch_size=512": (
+        "driver",
+        TEST,
+        None,
+        "CUDA error: operation not supported",
+        [],
+    ),
+    "teacher.lora_r=32": (
+        "import",
+        "start_up",
+        None,
+        "libcudart.so: undefined symbol _ZN3c10",
+        ["ImportError: /srv/site-packages/flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9"],
+    ),
+    "teacher.lora_r=64": ("silent_exit", FIT, None, "exit 0 without an end record", []),
 }
 NEVER_STARTED = {
     "teacher.attn=flash_attention_2": ("unsupported", "flash-attn is not installed"),
@@ -110,15 +155,16 @@ def all_records() -> list[dict[str, Any]]:
 
 def process_records(cell: Cell, block: int) -> list[dict[str, Any]]:
     """The records of one cell and repeat: whole, or up to its death."""
-    status, where, reason = DEATHS.get(cell.name, ("ok", "", ""))
+    status, where, phase, reason, log = DEATHS.get(cell.name, ("ok", "", None, "", []))
     if cell.name in STUMBLES and STUMBLES[cell.name][0] == block:
         _, status, where, reason = STUMBLES[cell.name]
+    end = {"reason": reason, "log_tail": log} | ({"phase": phase} if phase else {})
     if where == "start_up":
-        return [head(cell, block, where, status) | {"reason": reason}]
+        return [head(cell, block, where, status) | end]
     found = []
     for stage in STAGES:
         if stage == where:
-            return [*found, head(cell, block, stage, status) | {"reason": reason}]
+            return [*found, head(cell, block, stage, status) | end]
         found.append(ok_record(cell, block, stage))
     return found
 
@@ -165,11 +211,13 @@ def ok_record(cell: Cell, block: int, stage: str) -> dict[str, Any]:
     phases = {
         "model": 2.0,
         "observed_step": 0.4,
-        "train_steps" if stage == FIT else "inference_steps": stepping,
+        STEPPING[stage]: stepping,
         "validation" if stage == FIT else "store": 0.3 * stepping,
         "tear_down": 0.01,
         "unaccounted": 0.35 if stage == OUTPUTS else 0.02,
     }
+    if train.compile != "off":
+        phases["compile"] = COMPILE_S[stage] * process
     return head(cell, block, stage, "ok") | {
         "process_wall_s": 42.5,
         "wall_s": math.fsum(phases.values()),
@@ -184,7 +232,7 @@ def ok_record(cell: Cell, block: int, stage: str) -> dict[str, Any]:
         },
         "memory": memory(cell, stage, random_),
         "loader_wait_s": 0.004 * stepping,
-        "facts": facts(cell, stage),
+        "facts": facts(cell, stage, phases.get("compile")),
         "losses": losses(cell) if stage == FIT else [],
         "metrics": {"loss": losses(cell)[-1] + 0.001 * noise(cell.name, block).random()},
         "ranks": ranks(cell) if stage == TEST else None,
@@ -196,8 +244,10 @@ def memory(cell: Cell, stage: str, random_: random.Random) -> dict[str, Any]:
     """Peaks: half the torch memory under bf16, deterministic but for the host's."""
     small = cell.settings.train.precision == "bf16-mixed"
     allocated = round((2.9 if small else 5.06) * GIB) + (0 if stage == FIT else -GIB)
-    if cell.settings.teacher.gradient_checkpointing and stage == FIT:
+    if recomputed(cell) and stage == FIT:
         allocated -= round(1.8 * GIB)
+    if cell.settings.teacher.adapter == "qlora":
+        allocated -= round(2.4 * GIB)
     if cell.settings.teacher.inference_batch_size > 64 and stage != FIT:
         allocated += round(0.7 * GIB)
     allocated += (cell.settings.teacher.lora_r - 8) * 2**19
@@ -214,7 +264,7 @@ def losses(cell: Cell) -> list[float]:
 
     That holds for fp16 too, which fell back without a word.
     """
-    changes = ("bf16", "attn", "accumulate", "lora_r")
+    changes = ("bf16", "attn", "accumulate", "lora_r", "qlora")
     name = cell.name if any(word in cell.name for word in changes) else "baseline"
     lift = 0.4 if name == "train.accumulate_grad_batches=4" else 0.0
     random_ = noise(name, "loss")
@@ -241,40 +291,78 @@ def shifts() -> list[int]:
     return [random_.choice((-1, 0, 0, 0, 0, 0, 0, 1)) for _ in range(USERS)]
 
 
-def facts(cell: Cell, stage: str) -> dict[str, Any]:
+def recomputed(cell: Cell) -> bool:
+    """Whether activations are recomputed: by the setting, or by peft where it is left to it."""
+    teacher = cell.settings.teacher
+    return bool(teacher.gradient_checkpointing) or teacher.adapter == "qlora"
+
+
+def facts(cell: Cell, stage: str, compile_s: float | None) -> dict[str, Any]:
     """What a step would show if every setting but fp16-mixed reached the model."""
     train, teacher = cell.settings.train, cell.settings.teacher
-    bf16 = train.precision == "bf16-mixed"
-    training = stage == FIT
+    bf16, packed = train.precision == "bf16-mixed", teacher.adapter == "qlora"
+    # What stays unpacked is held in float32 by peft's preparation for 4-bit training.
+    kept = "bfloat16" if bf16 and not packed else "float32"
     attention = "_softmax" if teacher.attn == "eager" else "scaled_dot_product_attention"
     found: dict[str, Any] = {
         "gemm_dtypes": {"bfloat16": 24, "float32": 1} if bf16 else {"float32": 25},
+        "float32_matmul_precision": "highest",
         "attention_ops": {attention: 2},
         "attn_implementation": teacher.attn,
         "autocast_dtype": "bfloat16" if bf16 else None,
         "param_dtypes": {
             "trainable": {"float32": 30},
-            "frozen": {"bfloat16" if bf16 else "float32": 60},
+            "frozen": {kept: 52, "uint8": 8} if packed else {kept: 60},
         },
         "layers_adapted": 4,
-        "layers_4bit": 0,
+        "layers_4bit": 12 if packed else 0,
+        "adapted_4bit": 4 if packed else 0,
         "gate_calls": 4,
-        "frozen_bytes": (30 if bf16 else 60) * 2**20,
+        "frozen_bytes": (15 if packed else 30 if bf16 else 60) * 2**20,
         "image": "host",
         "loader_workers": train.num_workers,
         "device": "cuda:0",
-        "training": training,
+        "training": stage == FIT,
+        "cache": None,
+        "compile": compiled(train.compile, compile_s),
     }
-    if training:
-        calls = 2 if teacher.gradient_checkpointing else 1
-        return found | {
-            "checkpoint_calls": {"forward": 1, "after_backward": calls},
-            "trainer": train.trainer,
-            "lightning_imported": train.trainer == "lightning",
-            # Lightning, as a second difference, also left the pinned buffers on.
-            "pinned_memory": train.trainer == "lightning",
+    if packed:
+        found["quant"] = {
+            "quant_type": "nf4",
+            "double": False,
+            "compute_dtype": "bfloat16" if bf16 else "float32",
         }
-    return found | {"largest_batch": teacher.inference_batch_size}
+    if stage != FIT:
+        return found | {"largest_batch": teacher.inference_batch_size}
+    by = "setting" if teacher.gradient_checkpointing else "peft" if packed else None
+    return found | {
+        "largest_train_batch": train.batch_size,
+        "checkpoint_calls": {"forward": 1, "after_backward": 2 if recomputed(cell) else 1},
+        "gradient_checkpointing_by": by,
+        "trainer": train.trainer,
+        "lightning_imported": train.trainer == "lightning",
+        # Lightning, as a second difference, also left the pinned buffers on.
+        "pinned_memory": train.trainer == "lightning",
+    }
+
+
+def compiled(mode: str, seconds: float | None) -> dict[str, Any]:
+    """What a stage shows of compilation."""
+    if seconds is None:
+        return {"mode": "off", "graphs": 0, "breaks": 0, "recompiles": 0, "limit_reached": False}
+    return {
+        "mode": mode,
+        "graphs": 2,
+        "breaks": 1,
+        "break_reasons": ["data-dependent | branch on `len`"],
+        "recompiles": 1,
+        "limit_reached": False,
+        "seconds": seconds,
+        "cache": "cold",
+        "compiled_frames": 2,
+        "compiled_calls": 24,
+        "eager_calls": 0,
+    }
 
 
 MACHINE: dict[str, Any] = {

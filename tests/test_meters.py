@@ -1,8 +1,6 @@
-"""Meters of a stage: what a step's seconds contain, and where each memory figure comes from."""
+"""Meters of a stage: what a step's seconds contain, and where each figure comes from."""
 
-import mmap
-import subprocess
-import sys
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,8 @@ import pytest
 import torch
 
 from bench import meters, nvml
-from bench.meters import DeviceMemory, HostMemory, StepClock, TorchMemory
+from bench.metering import invariants, sampler, sampler_process
+from bench.meters import DeviceMemory, DeviceWatch, StepClock, TorchMemory
 from bench.nvml import Unavailable
 from core.observe import Observer, Step
 
@@ -68,7 +67,10 @@ def clock(
         fake.now += seconds
 
     yield SimpleNamespace(
-        steps=one.steps, observer=Observer(one.on_step, one.on_phase), after=after
+        steps=one.steps,
+        compile_steps=lambda: one.compile_steps,
+        observer=Observer(one.on_step, one.on_phase),
+        after=after,
     )
 
 
@@ -128,6 +130,44 @@ def test_the_observed_step_is_left_out(clock: SimpleNamespace) -> None:
     assert [step["samples"] for step in clock.steps()] == [1, 2]
 
 
+def test_steps_that_compiled_are_left_out_and_counted(clock: SimpleNamespace) -> None:
+    """Once in the forward, twice where a backward is compiled apart."""
+    with clock.observer.phase("train_steps"):
+        for compiles in (1, 2, 0, 0, 1):
+            clock.after(0.25)
+            for _ in range(compiles):
+                with clock.observer.phase("compile"):
+                    clock.after(60)
+                clock.after(0.5)
+            clock.after(0.75)
+            clock.observer.step(compiles)
+    assert seconds(clock) == [1, 1]
+    assert clock.compile_steps() == 3
+
+
+def test_compiling_in_a_validation_spoils_no_step(clock: SimpleNamespace) -> None:
+    for trainer_closes_its_phase in (True, False):
+        with clock.observer.phase("train_steps"):
+            clock.after(1)
+            clock.observer.step(8)
+            if not trainer_closes_its_phase:
+                validate(clock)
+            clock.after(1)
+            clock.observer.step(8)
+        if trainer_closes_its_phase:
+            validate(clock)
+    assert seconds(clock) == [1, 1, 1, 1]
+    assert clock.compile_steps() == 0
+
+
+def validate(clock: SimpleNamespace) -> None:
+    with clock.observer.phase("validation"):
+        clock.after(1)
+        with clock.observer.phase("compile"):
+            clock.after(60)
+        clock.after(1)
+
+
 def test_a_stage_without_steps_has_none(clock: SimpleNamespace) -> None:
     with clock.observer.phase("data"):
         clock.after(3)
@@ -142,161 +182,22 @@ def test_real_time_passes_on_the_cpu() -> None:
     assert 0.05 <= one.steps()[0]["seconds"] < 1
 
 
-# ---- host memory ----
-
-ALLOCATE = """
-import sys, time
-held = bytearray(200 << 20)
-held[::4096] = b"x" * len(held[::4096])
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-def child() -> subprocess.Popen[bytes]:
-    one = subprocess.Popen(
-        [sys.executable, "-c", ALLOCATE], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert one.stdout
-    assert one.stdout.readline() == b"held\n"
-    return one
-
-
-def end(one: subprocess.Popen[bytes]) -> None:
-    one.communicate()
-
-
-def touched(size_mib: int) -> mmap.mmap:
-    """Resident memory of its own mapping: an allocator may hand out pages it kept from before."""
-    held = mmap.mmap(-1, size_mib * MIB)
-    held[::4096] = b"x" * len(held[::4096])
-    return held
-
-
-def peak(meter: HostMemory) -> int:
-    found = meter.stop()["host_peak_bytes"]
-    assert isinstance(found, int)
-    return found
-
-
-@pytest.fixture(params=["listed", "searched"])
-def children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to find the processes of a tree."""
-    reader: Callable = getattr(meters, f"_{request.param}_children")
-    if request.param == "listed" and meters._children_reader() is not reader:
-        pytest.skip("this kernel lists no children")
-    monkeypatch.setattr(meters, "_children_reader", lambda: reader)
-    # However many processes this machine has, look at them often.
-    monkeypatch.setattr(meters, "HOST_SHARE_OF_CORE", 1)
-
-
-def test_a_child_that_lives_inside_the_stage_counts(children: None) -> None:
-    meter = HostMemory()
-    meter.start()
-    before = meters._resident_bytes(meters.os.getpid())
-    one = child()
-    time.sleep(0.4)
-    end(one)
-    assert before + 200 * MIB <= peak(meter) < before + 300 * MIB
-
-
-def test_a_child_of_the_harness_does_not_count(children: None) -> None:
-    one = child()
-    meter = HostMemory(apart=one.pid)
-    meter.start()
-    before = meters._resident_bytes(meters.os.getpid())
-    time.sleep(0.2)
-    found = peak(meter)
-    end(one)
-    assert found < before + 100 * MIB
-
-
-def test_a_grandchild_counts() -> None:
-    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ALLOCATE!r}])"
-    meter = HostMemory()
-    meter.start()
-    before = meters._resident_bytes(meters.os.getpid())
-    one = subprocess.Popen(
-        [sys.executable, "-c", nested], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert one.stdout
-    one.stdout.readline()
-    time.sleep(0.2)
-    end(one)
-    assert peak(meter) >= before + 200 * MIB
-
-
-def test_a_peak_between_two_looks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not meters._reset_high_water_mark():
-        pytest.skip("this kernel does not reset VmHWM")
-    monkeypatch.setattr(meters, "HOST_INTERVAL_S", 60)
-    before = meters._resident_bytes(meters.os.getpid())
-    meter = HostMemory()
-    meter.start()
-    del_me = touched(200)
-    del del_me
-    assert peak(meter) >= before + 190 * MIB
-
-
-def test_the_peak_of_an_earlier_stage_is_forgotten() -> None:
-    if not meters._reset_high_water_mark():
-        pytest.skip("this kernel does not reset VmHWM")
-    del_me = touched(200)
-    high = meters._high_water_mark_bytes()
-    del del_me
-    meter = HostMemory()
-    meter.start()
-    assert peak(meter) < high - 150 * MIB
-
-
-def test_where_the_mark_cannot_be_reset_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meters, "_reset_high_water_mark", lambda: False)
-    monkeypatch.setattr(meters, "_high_water_mark_bytes", lambda: 1 << 50)
-    meter = HostMemory()
-    meter.start()
-    assert 10 * MIB < peak(meter) < 1 << 50
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_sampling_thread_leaves_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meters, "HOST_INTERVAL_S", 0.001)
-    meter = HostMemory()
-    meter.start()
-
-    def broken() -> None:
-        raise OSError("no /proc")
-
-    monkeypatch.setattr(meter, "_look", broken)
-    meter._thread.join(5)
-    assert isinstance(meter.stop()["host_peak_bytes"], Unavailable)
-
-
-def test_looking_costs_less_than_a_hundredth_of_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where one look is dear: it is then taken less often."""
-    looks = []
-
-    def dear_look(self: HostMemory) -> None:
-        looks.append(time.thread_time())
-        while time.thread_time() - looks[-1] < 0.002:
-            pass
-
-    monkeypatch.setattr(HostMemory, "_look", dear_look)
-    meter = HostMemory()
-    meter.start()
-    begun, spent = time.perf_counter(), time.process_time()
-    time.sleep(1)
-    share = (time.process_time() - spent) / (time.perf_counter() - begun)
-    assert len(looks) >= 3
-    assert share < 0.012
-    meter.stop()
-
-
 # ---- torch's allocator and the device ----
+
+STATS = {
+    "allocated_bytes.all.current": 2,
+    "reserved_bytes.all.current": 3,
+    "allocated_bytes.all.peak": 5,
+    "reserved_bytes.all.peak": 7,
+    "inactive_split_bytes.all.peak": 1,
+    "num_alloc_retries": 4,
+    "num_ooms": 0,
+}
 
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A CUDA device with fixed peaks; gives the list of calls made."""
+    """A CUDA device with fixed statistics; gives the list of calls made."""
     calls: list[str] = []
 
     def said(name: str, value: object = None) -> None:
@@ -308,113 +209,223 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     said("synchronize")
     said("reset_peak_memory_stats")
-    said("max_memory_allocated", 5)
-    said("max_memory_reserved", 7)
-    said("current_device", 0)
+    said("memory_stats", STATS)
+    said("memory_allocated", 9)
     said("get_device_properties", SimpleNamespace(uuid=fake_nvml.SECOND.removeprefix("GPU-")))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv(nvml.LIBRARY_VARIABLE, "fake_nvml:normal")
+    monkeypatch.setenv(sampler_process.CUDA_VARIABLE, "fake_nvml:cuda")
     return calls
 
 
-def test_the_allocator_is_reset_before_and_read_after_the_work(fake_cuda: list[str]) -> None:
+@pytest.fixture
+def watch(fake_cuda: list[str]) -> Iterator[Callable[[], DeviceWatch]]:
+    """Makes watches as a worker does, and ends them with the test."""
+    made: list[DeviceWatch] = []
+
+    def make(device: torch.device = CUDA) -> DeviceWatch:
+        made.append(DeviceWatch(device, sampler.start("auto")))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+def test_the_allocator_is_reset_before_and_read_after_the_work(
+    fake_cuda: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     meter = TorchMemory(CUDA)
     meter.start()
-    assert fake_cuda == ["synchronize", "reset_peak_memory_stats"]
+    assert fake_cuda == ["synchronize", "reset_peak_memory_stats", "memory_stats"]
     fake_cuda.clear()
-    assert meter.stop() == {"torch_allocated_peak_bytes": 5, "torch_reserved_peak_bytes": 7}
+    later = STATS | {
+        "allocated_bytes.all.peak": 50,
+        "reserved_bytes.all.peak": 70,
+        "reserved_bytes.all.current": 60,
+        "num_alloc_retries": 6,
+    }
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: later)
+    assert meter.stop() == {
+        "torch_allocated_start_bytes": 2,
+        "torch_reserved_start_bytes": 3,
+        "torch_allocated_peak_bytes": 50,
+        "torch_reserved_peak_bytes": 70,
+        "torch_reserved_end_bytes": 60,
+        "torch_inactive_split_peak_bytes": 1,
+        "torch_alloc_retries": 2,
+        "torch_ooms": 0,
+    }
     assert fake_cuda[0] == "synchronize"
 
 
-def test_device_memory_is_that_of_the_device_torch_uses(fake_cuda: list[str]) -> None:
-    meter = DeviceMemory(CUDA)
-    meter.start()
-    time.sleep(0.4)
-    assert meter.stop() == {"device_peak_bytes": fake_nvml.USED[1]}
-    assert meter.warnings == []
-
-
-def test_a_stage_too_short_to_sample_is_said_to_be(fake_cuda: list[str]) -> None:
-    meter = DeviceMemory(CUDA)
-    meter.start()
-    meter.stop()
-    assert "undersampled" in meter.warnings[0]
-
-
-def test_a_figure_with_the_drivers_reserve_is_said_to_have_it(
+def test_a_statistic_another_torch_lacks_is_a_reason(
     fake_cuda: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(nvml.LIBRARY_VARIABLE, "fake_nvml:lost_later")
-    meter = DeviceMemory(CUDA)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_ooms": 1})
+    meter = TorchMemory(CUDA)
     meter.start()
-    assert meter.stop() == {"device_peak_bytes": fake_nvml.USED[1] + fake_nvml.RESERVED}
-    assert "v1, driver-reserved included" in meter.warnings[-1]
+    found = meter.stop()
+    assert found["torch_allocated_peak_bytes"] == Unavailable(
+        "this torch keeps no allocated_bytes.all.peak"
+    )
 
 
-@pytest.mark.parametrize(
-    ("visible", "name"),
-    [
-        (None, fake_nvml.SECOND),
-        ("3", fake_nvml.SECOND),
-        ("GPU-22222222", fake_nvml.SECOND),
-        ("MIG-5c89", "MIG-5c89"),
-    ],
-)
-def test_a_device_is_named_as_nvml_knows_it(
-    fake_cuda: list[str], monkeypatch: pytest.MonkeyPatch, visible: str | None, name: str
+def test_the_baseline_is_taken_before_cuda_starts(
+    fake_cuda: list[str], watch: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if visible:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert meters.device_name(CUDA) == name
-    assert meters.device_name(torch.device("cuda")) == name
+    monkeypatch.setenv(nvml.LIBRARY_VARIABLE, "fake_nvml:rising")
+    one = watch()
+    assert fake_cuda == ["synchronize", "get_device_properties"]
+    assert 0 < one.baseline_bytes < 1 << 30
+    assert one.context_bytes > 0
 
 
-def test_the_memory_of_a_record_on_a_gpu(fake_cuda: list[str]) -> None:
-    running = meters.start(CUDA)
-    memory = running.stop()
-    assert memory.pop("host_peak_bytes") > 10 * MIB  # type: ignore[operator]
-    assert memory == {
-        "torch_allocated_peak_bytes": 5,
-        "torch_reserved_peak_bytes": 7,
-        "device_peak_bytes": fake_nvml.USED[1],
+def test_device_memory_is_that_of_the_device_torch_uses(watch: Callable) -> None:
+    meter = DeviceMemory(watch())
+    meter.start()
+    time.sleep(0.3)
+    found = meter.stop()
+    used = fake_nvml.USED[1]
+    assert {name: found[name] for name in found if name != "device_own_bytes"} == {
+        "device_peak_bytes": used,
+        "device_delta_peak_bytes": 0,
+        "device_start_bytes": used,
+        "device_end_bytes": used,
+        "device_baseline_bytes": used,
+        "device_context_bytes": 0,
     }
-    assert "undersampled" in running.warnings[0]
+    assert isinstance(found["device_own_bytes"], Unavailable)
+    assert meter.facts["name"] == fake_nvml.SECOND
+    assert meter.facts["samples"] >= 5
+    assert 0.04 < meter.facts["interval_s"] < 0.2
+
+
+def test_stages_of_a_worker_share_a_sampler_and_a_baseline(
+    watch: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(nvml.LIBRARY_VARIABLE, "fake_nvml:rising")
+    one = watch()
+    found = []
+    for _ in range(2):
+        meter = DeviceMemory(one)
+        meter.start()
+        found.append(meter.stop())
+    assert found[0]["device_baseline_bytes"] == found[1]["device_baseline_bytes"]
+    assert found[0]["device_peak_bytes"] < found[1]["device_start_bytes"]
+
+
+def test_another_device_than_torchs_gives_no_figure(
+    watch: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sampler_process.CUDA_VARIABLE, "fake_nvml:cuda_reversed")
+    meter = DeviceMemory(watch())
+    meter.start()
+    wrong = Unavailable(f"sampled {fake_nvml.FIRST}, but torch runs on {fake_nvml.SECOND}")
+    assert meter.stop()["device_peak_bytes"] == wrong
+    assert meter.energy_j == wrong
+    assert meter.facts == {"unavailable": wrong.reason}
+
+
+def test_a_slice_is_not_held_against_torchs_name_of_the_gpu(
+    watch: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sampler_process.CUDA_VARIABLE, "fake_nvml:cuda_slice")
+    meter = DeviceMemory(watch())
+    meter.start()
+    assert meter.stop()["device_peak_bytes"] == fake_nvml.USED[2]
+
+
+def test_what_a_record_on_a_gpu_holds(watch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(nvml.LIBRARY_VARIABLE, "fake_nvml:telling")
+    found = meters.start(watch()).stop()
+    assert set(found) == {"memory", "energy_j", "device", "host"}
+    assert found["memory"]["host_peak_bytes"] > 10 * MIB
+    assert found["memory"]["torch_reserved_peak_bytes"] == 7
+    assert found["memory"]["device_peak_bytes"] == fake_nvml.USED[1]
+    assert "too short" in found["energy_j"]["unavailable"]
+    assert found["device"]["sm_mhz"] == [1980, 1980]
+    json.dumps(found, allow_nan=False)
 
 
 def test_the_memory_of_a_record_where_nvml_is_absent(
-    fake_cuda: list[str], monkeypatch: pytest.MonkeyPatch
+    watch: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(nvml.LIBRARY_VARIABLE, "fake_nvml:absent")
-    memory = meters.start(CUDA).stop()
-    assert memory["device_peak_bytes"] == {
-        "unavailable": "no NVML library: NVML Shared Library Not Found"
-    }
-    assert memory["torch_reserved_peak_bytes"] == 7
+    found = meters.start(watch()).stop()
+    reason = {"unavailable": "no NVML library: NVML Shared Library Not Found"}
+    assert found["memory"]["device_peak_bytes"] == found["device"] == found["energy_j"] == reason
+    assert found["memory"]["torch_reserved_peak_bytes"] == 7
 
 
 def test_the_memory_of_a_record_without_a_gpu_holds_reasons() -> None:
-    running = meters.start(CPU)
-    memory = running.stop()
-    assert memory.pop("host_peak_bytes") > 10 * MIB  # type: ignore[operator]
+    found = meters.start(DeviceWatch(CPU, None)).stop()
+    memory = found["memory"]
+    assert memory.pop("host_peak_bytes") > 10 * MIB
+    memory.pop("host_pss_bytes")
     missing = {"unavailable": "no CUDA device"}
-    assert memory == {
-        "torch_allocated_peak_bytes": missing,
-        "torch_reserved_peak_bytes": missing,
-        "device_peak_bytes": missing,
-    }
-    assert running.warnings == []
+    assert len(memory) == 15
+    assert all(value == missing for value in memory.values())
+    assert found["energy_j"] == found["device"] == missing
+
+
+def test_a_worker_that_chose_the_cpu_ends_its_sampler(fake_cuda: list[str]) -> None:
+    begun = sampler.start("auto")
+    assert begun is not None
+    one = DeviceWatch(CPU, begun)
+    assert one.sampler is None
+    assert begun._process.returncode == -9
+    assert meters.start(one).stop()["device"] == {"unavailable": "no CUDA device"}
+
+
+# ---- memory against rows ----
+
+
+@pytest.mark.parametrize(("device", "source"), [(CPU, "host_resident"), (CUDA, "torch_allocated")])
+def test_the_trend_takes_a_point_now_and_then(
+    fake_cuda: list[str], monkeypatch: pytest.MonkeyPatch, device: torch.device, source: str
+) -> None:
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(meters, "time", SimpleNamespace(monotonic=lambda: now.s))
+    trend = meters.MemoryTrend(device)
+    for _ in range(10):
+        now.s += 0.2
+        trend.on_step(Step(8, 0, 0, True))
+    found = trend.as_json()
+    assert found["source"] == source
+    assert [rows for rows, _ in found["points"]] == [24, 48, 72]
+    assert all(held > 0 for _, held in found["points"])
+
+
+def test_a_long_trend_stays_short(fake_cuda: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(meters, "time", SimpleNamespace(monotonic=lambda: now.s))
+    trend = meters.MemoryTrend(CUDA)
+    for _ in range(2000):
+        now.s += 1.0
+        trend.on_step(Step(1, 0, 0, True))
+    rows = [rows for rows, _ in trend.points]
+    assert meters.TREND_POINTS // 2 <= len(rows) < meters.TREND_POINTS
+    assert rows == sorted(rows)
+    assert rows[0] < 64
+    assert rows[-1] > 1900
+
+
+# ---- a real GPU ----
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_device_holds_what_torch_reserves() -> None:
-    running = meters.start(CUDA)
+    one = DeviceWatch(CUDA, sampler.start("auto"))
+    running = meters.start(one)
     block = torch.zeros(1 << 30, dtype=torch.uint8, device=CUDA)
+    time.sleep(0.4)
     del block
-    memory = running.stop()
-    device_bytes = memory["device_peak_bytes"]
-    if isinstance(device_bytes, dict):
-        pytest.skip(device_bytes["unavailable"])
-    allocated_bytes = memory["torch_allocated_peak_bytes"]
-    assert 1 << 30 <= allocated_bytes <= memory["torch_reserved_peak_bytes"] <= device_bytes
+    record = {"stage": "s", "wall_s": 0.4, **running.stop()}
+    one.stop()
+    memory = record["memory"]
+    if isinstance(memory["device_peak_bytes"], dict):
+        pytest.skip(memory["device_peak_bytes"]["unavailable"])
+    assert 1 << 30 <= memory["torch_allocated_peak_bytes"] <= memory["torch_reserved_peak_bytes"]
+    assert invariants.violations(record) == []

@@ -1,26 +1,15 @@
-"""Device memory through the real NVML binding over a fake library, and its sampler process."""
+"""Readings of one device through the real NVML binding over a fake library."""
 
-import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import fake_nvml
-import psutil
 import pynvml
 import pytest
-from fake_nvml import FIRST, RESERVED, SECOND, SECOND_BUS, USED
-from hypothesis import given
-from hypothesis import strategies as some
+from fake_nvml import FIRST, RESERVED, SECOND, SECOND_BUS, SLICE, USED
 
 from bench import nvml
-from bench.nvml import Sampler, Unavailable, Window
-
-ROOT = Path(__file__).parent.parent
+from bench.nvml import Unavailable
 
 
 @pytest.fixture
@@ -28,20 +17,6 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
     """Puts an object into the binding's library slot, for this test."""
     monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
     return lambda fake: monkeypatch.setattr(pynvml, "nvmlLib", fake)
-
-
-@pytest.fixture
-def child_library(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Names the fake that a sampler process will load."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    return lambda name: monkeypatch.setenv(nvml.LIBRARY_VARIABLE, f"fake_nvml:{name}")
-
-
-@pytest.fixture
-def sampler() -> Iterator[Sampler]:
-    one = Sampler()
-    yield one
-    one.stop()
 
 
 def gauge(device: str) -> nvml.Gauge:
@@ -54,7 +29,14 @@ def gauge(device: str) -> nvml.Gauge:
 
 
 @pytest.mark.parametrize(
-    ("device", "used"), [(FIRST, USED[0]), (SECOND, USED[1]), (SECOND_BUS, USED[1])]
+    ("device", "used"),
+    [
+        (FIRST, USED[0]),
+        (SECOND, USED[1]),
+        (SECOND_BUS, USED[1]),
+        (SLICE, USED[2]),
+        ("GPU-" + SLICE.removeprefix("MIG-"), USED[2]),
+    ],
 )
 def test_the_named_device_is_read(library: Callable, device: str, used: int) -> None:
     library(fake_nvml.Library())
@@ -109,186 +91,110 @@ def test_a_gpu_lost_between_two_readings_is_not_zero(library: Callable) -> None:
     assert lost.read() == Unavailable("nvmlDeviceGetMemoryInfo: GPU is lost")
 
 
+def test_a_function_an_old_driver_lacks_is_a_reason(library: Callable) -> None:
+    """The binding has an error of its own for some, which is no NVMLError."""
+    library(fake_nvml.Library())
+    found = nvml.ask(pynvml.nvmlDeviceGetComputeRunningProcesses, gauge(FIRST).handle)
+    assert isinstance(found, Unavailable)
+    assert "nvmlDeviceGetComputeRunningProcesses: " in found.reason
+
+
 def test_no_value_is_not_zero() -> None:
     assert isinstance(nvml.ask(lambda: None), Unavailable)
     assert nvml.ask(lambda: 0) == 0
 
 
-# ---- reading a trace ----
-
-
-@given(some.floats(0, 10))
-def test_polling_costs_a_hundredth_of_a_core_while_a_poll_is_quick(poll_s: float) -> None:
-    interval_s = nvml.affordable_interval(poll_s)
-    assert 0.05 <= interval_s <= 0.1
-    assert poll_s > 0.001 or poll_s / interval_s <= 0.0100001
-
-
-@given(some.lists(some.integers(0, 1 << 40), min_size=1), some.data())
-def test_a_window_sees_its_own_samples_only(
-    tmp_path_factory: pytest.TempPathFactory, used: list[int], data: some.DataObject
-) -> None:
-    trace = tmp_path_factory.mktemp("trace") / "t.jsonl"
-    lines = [{"monotonic_s": float(i), "used_bytes": value} for i, value in enumerate(used)]
-    trace.write_text("".join(json.dumps(line) + "\n" for line in [{"source": "s"}, *lines]))
-    first = data.draw(some.integers(0, len(used) - 1))
-    last = data.draw(some.integers(first, len(used) - 1))
-    count = last - first + 1
-    assert nvml.read_window(trace, first, last) == Window(
-        max(used[first : last + 1]), count, float(count > 1)
-    )
-
-
-def test_a_window_without_or_with_failed_samples_has_no_peak(tmp_path: Path) -> None:
-    trace = tmp_path / "t.jsonl"
-    lines = [{"monotonic_s": 1.0, "used_bytes": 5}, {"monotonic_s": 2.0, "unavailable": "lost"}]
-    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert nvml.read_window(trace, 3, 4) == Unavailable("no sample in this time")
-    assert nvml.read_window(trace, 1, 2) == Unavailable("1 of 2 samples failed: lost")
-    assert nvml.read_window(trace, 0, 1.5) == Window(5, 1, 0.0)
-
-
-# ---- the process ----
-
-
-def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "bench.nvml", str(out), "--device", SECOND, *more]
-
-
-def start_process(out: Path, *more: str) -> subprocess.Popen[bytes]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command(out, *more), cwd=ROOT, stdin=pipe, stdout=pipe)
-
-
-def test_without_a_library_the_process_says_why(child_library: Callable, tmp_path: Path) -> None:
-    child_library("absent")
-    done = subprocess.run(command(tmp_path / "t"), cwd=ROOT, capture_output=True, text=True)
-    expected = {"unavailable": "no NVML library: NVML Shared Library Not Found"}
-    assert json.loads(done.stdout) == expected
-    assert json.loads((tmp_path / "t").read_text()) == expected
-    assert done.returncode == 3
-
-
-def test_the_process_samples_the_named_device_until_stdin_closes(
-    child_library: Callable, tmp_path: Path
-) -> None:
-    child_library("normal")
-    with start_process(tmp_path / "t", "--interval", "0.005") as process:
-        assert process.stdin and process.stdout
-        assert json.loads(process.stdout.readline())["interval_s"] == 0.005
-        time.sleep(0.1)
-        process.stdin.close()
-        assert process.wait(5) == 0
-    samples = [json.loads(line) for line in (tmp_path / "t").read_text().splitlines()]
-    used = [line["used_bytes"] for line in samples if "monotonic_s" in line]
-    assert len(used) > nvml.POLLS_TO_TIME + 5
-    assert set(used) == {USED[1]}
-
-
-def test_the_process_ends_with_its_parent_although_stdin_stays_open(
-    child_library: Callable, tmp_path: Path
-) -> None:
-    child_library("normal")
-    inner = " ".join(command(tmp_path / "t"))
-    script = f"exec 3<&0; {inner} <&3 & echo $!; wait"
-    with subprocess.Popen(
-        ["sh", "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as shell:
-        assert shell.stdout
-        sampling = psutil.Process(int(shell.stdout.readline()))
-        assert "source" in json.loads(shell.stdout.readline())
-        assert sampling.is_running()
-        shell.kill()
-        deadline = time.monotonic() + 5
-        while alive(sampling) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not alive(sampling)
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-# ---- the worker's hold on it ----
-
-
-def test_a_mark_is_a_sample_inside_the_window(child_library: Callable, sampler: Sampler) -> None:
-    child_library("rising")
-    assert sampler.start(SECOND) is None
-    begun_s = time.monotonic()
-    first, second = sampler.mark("begin"), sampler.mark("end")
-    ended_s = time.monotonic()
-    assert isinstance(first, int)
-    assert isinstance(second, int)
-    assert first < second
-    time.sleep(0.15)
-    window = sampler.window(begun_s, ended_s)
-    assert isinstance(window, Window)
-    assert window.peak_bytes == second
-    assert window.samples >= 2
-    later = sampler.window(ended_s, time.monotonic())
-    assert isinstance(later, Window)
-    assert later.peak_bytes > second
-
-
-def test_no_library_reaches_the_worker_as_a_reason(
-    child_library: Callable, sampler: Sampler
-) -> None:
-    child_library("absent")
-    reason = Unavailable("no NVML library: NVML Shared Library Not Found")
-    assert sampler.start(SECOND) == reason
-    assert sampler.mark("x") == reason
-    assert sampler.window(0, time.monotonic()) == reason
-
-
-def test_a_gpu_lost_during_the_stage_leaves_no_peak(
-    child_library: Callable, sampler: Sampler
-) -> None:
-    child_library("lost_later")
-    assert sampler.start(SECOND) is None
-    while isinstance(sampler.mark("again"), int):
-        pass
-    window = sampler.window(0, time.monotonic())
-    assert isinstance(window, Unavailable)
-    assert "GPU is lost" in window.reason
-
-
-def test_a_killed_sampler_leaves_no_peak(child_library: Callable, sampler: Sampler) -> None:
-    child_library("normal")
-    assert sampler.start(SECOND) is None
-    assert sampler.mark("x") == USED[1]
-    assert sampler.pid is not None
-    os.kill(sampler.pid, 9)
-    died = Unavailable("the sampler died with status -9")
-    assert sampler.mark("y") == died
-    assert sampler.window(0, time.monotonic()) == died
-
-
-def test_a_hanging_driver_does_not_hang_the_worker(
-    child_library: Callable, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    child_library("hanging")
-    assert sampler.start(SECOND) is None
-    time.sleep(0.5)
-    monkeypatch.setattr(nvml, "ANSWER_S", 0.2)
-    assert sampler.mark("x") == Unavailable("the sampler gave no answer in 0.2 s")
-
-
-def test_a_sampler_leaves_nothing_behind(child_library: Callable) -> None:
-    child_library("normal")
-    one = Sampler()
-    assert one.start(SECOND) is None
-    assert one.pid is not None
-    process, folder = psutil.Process(one.pid), Path(one._folder.name)
-    assert folder.exists()
-    one.stop()
-    assert not alive(process)
-    assert not folder.exists()
+def test_a_slice_is_known_by_the_name_nvml_gives_it(library: Callable) -> None:
+    library(fake_nvml.Library())
+    assert gauge("GPU-" + SLICE.removeprefix("MIG-")).device == SLICE
+    assert gauge(FIRST).device == FIRST
 
 
 def test_as_json_keeps_the_reason() -> None:
     figures: list[Any] = [nvml.as_json(0), nvml.as_json(Unavailable("why"))]
     assert figures == [0, {"unavailable": "why"}]
+
+
+# ---- clocks and counters ----
+
+
+@pytest.mark.parametrize("kind", [fake_nvml.Telling, fake_nvml.OlderDriver])
+def test_conditions_are_read_under_either_name(library: Callable, kind: type) -> None:
+    fake = kind()
+    fake.reasons = 0x04 | 0x40  # a power cap, which the counters tell better, and heat
+    library(fake)
+    assert nvml.conditions(gauge(FIRST).handle) == {
+        "sm_mhz": 1980,
+        "memory_mhz": 3201,
+        "temperature_c": 41,
+        "slowdowns": ["hw_thermal"],
+    }
+
+
+def test_conditions_nobody_can_read_are_reasons(library: Callable) -> None:
+    library(fake_nvml.Library())
+    found = nvml.conditions(gauge(FIRST).handle)
+    assert all("Function Not Found" in value["unavailable"] for value in found.values())
+
+
+def test_counters_are_told_one_by_one(library: Callable) -> None:
+    fake = fake_nvml.Telling()
+    fake.throttled_ns[74], fake.refused_fields = 7_000, (76,)
+    library(fake)
+    found = nvml.throttled_ns(gauge(FIRST).handle)
+    assert isinstance(found, dict)
+    assert found["power"] == 7_000
+    assert found["thermal"] == 0
+    assert found["sync_boost"] == {"unavailable": "Not Supported"}
+
+
+def test_a_counter_of_another_type_is_no_number(library: Callable) -> None:
+    fake = fake_nvml.Telling()
+    library(fake)
+    field = pynvml.c_nvmlFieldValue_t(fieldId=74, valueType=pynvml.NVML_VALUE_TYPE_DOUBLE)
+    assert nvml._value(field) == Unavailable("field 74 is of type 0, no whole number")
+    field.valueType, field.value.ullVal = pynvml.NVML_VALUE_TYPE_UNSIGNED_INT, (9 << 32) + 5
+    assert nvml._value(field) == 5
+
+
+# ---- processes ----
+
+
+@pytest.fixture
+def pids(library: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Lists the processes of a fake as a worker with pid 100 sees them."""
+
+    def listed(held: dict[int, int | None], on_host: bool = True) -> Any:
+        fake = fake_nvml.Telling()
+        fake.pids = held
+        library(fake)
+        monkeypatch.setattr(nvml, "has_host_pids", lambda: on_host)
+        return nvml.processes(gauge(FIRST).handle, lambda pid: pid == 100)
+
+    return listed
+
+
+def test_processes_are_ours_or_foreign(pids: Callable) -> None:
+    assert pids({100: 5, 200: 6}) == [
+        {"pid": 100, "bytes": 5, "own": True, "name": None},
+        {"pid": 200, "bytes": 6, "own": False, "name": "python3"},
+    ]
+
+
+def test_a_process_without_a_figure_is_no_zero(pids: Callable) -> None:
+    (only,) = pids({100: None})
+    assert only["bytes"] == {"unavailable": "NVML lists this process without a figure"}
+
+
+def test_in_a_namespace_of_its_own_no_process_is_believed(pids: Callable) -> None:
+    found = pids({100: 5}, on_host=False)
+    assert isinstance(found, Unavailable)
+    assert "container" in found.reason
+
+
+@pytest.mark.parametrize(("number", "is_host"), [(4026531836, True), (4026532441, False)])
+def test_the_hosts_namespace_has_a_number_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, number: int, is_host: bool
+) -> None:
+    monkeypatch.setattr(nvml.Path, "readlink", lambda path: nvml.Path(f"pid:[{number}]"))
+    assert nvml.has_host_pids() is is_host

@@ -1,7 +1,9 @@
 """Records survive torn writes, refuse foreign files, and tell what is finished."""
 
+import errno
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,30 @@ def test_nothing_that_json_cannot_say_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         records.append(path, bad)
     assert not path.exists()
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the group is on the disk when there is no more room."""
+    path = tmp_path / "records.jsonl"
+    records.append(path, group("a", 1, OK))
+    before = path.read_bytes()
+    write = os.write
+
+    def half(descriptor: int, data: bytes) -> int:
+        if len(data) < 100:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[: len(data) // 2])
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(OSError, match=r"No space left on device: .*records\.jsonl") as raised:
+        records.append(path, group("b", 1, OK))
+    assert raised.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    records.append(path, group("b", 1, OK))
+    assert records.read(path) == group("a", 1, OK) + group("b", 1, OK)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,8 +1,8 @@
-"""The main command from outside: exit status, every failure a row, resume exactly once, plan."""
+"""The main command from outside: exit status, resume exactly once, plan."""
 
-import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
-
-from bench import run as bench_run
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = f"{sys.executable} {ROOT / 'tests' / 'fake_worker.py'}"
@@ -119,36 +116,6 @@ def test_a_healthy_matrix(bench: Bench) -> None:
     assert machine["worker"] == FAKE.split()
     assert [path.name for path in (folder / "artefacts").iterdir()] == ["shared"]
     assert "[4/4] block 2 baseline: ok in" in done.stdout
-
-
-MODES = {
-    1: ("silent_exit", "silent_exit"),
-    2: ("sigkill", "killed"),
-    3: ("oom_gpu", "oom_gpu"),
-    4: ("gvisor", "oom_gpu"),
-    5: ("import", "import"),
-    6: ("hang", "timeout"),
-    7: ("nan_loss", "bad_output"),
-    8: ("torn", "silent_exit"),
-    9: ("grandchild", "silent_exit"),
-}
-
-
-def test_every_failure_is_its_own_row_beside_healthy_cells(bench: Bench) -> None:
-    seeds = list(range(len(MODES) + 2))
-    text = SMALL.replace("[0, 1]", str(seeds)).replace("repeats: 2", "repeats: 1")
-    choices = {f"data__seed={seed}": {"mode": mode} for seed, (mode, _) in MODES.items()}
-    done = bench.run(bench.matrix(text.replace("timeout_s: 20", "timeout_s: 1.5")), **choices)
-    assert done.returncode == 1, done.stderr
-    final = {r["cell"]: r for r in bench.records()}
-    expected = {f"data.seed={seed}": status for seed, (_, status) in MODES.items()}
-    expected |= {"baseline": "ok", f"data.seed={seeds[-1]}": "ok"}
-    assert {cell: r["status"] for cell, r in final.items() if cell in expected} == expected
-    assert all(r["reason"] for r in final.values() if r["status"] != "ok")
-    assert "undefined symbol" in final["data.seed=5"]["log_tail"][-1]
-    log = next((bench.folders()[0] / "cells").glob("data.seed=9-*.log")).read_text()
-    grandchild = int(log.split()[1])
-    wait_for(lambda: not is_alive(grandchild))
 
 
 def is_alive(pid: int) -> bool:
@@ -273,16 +240,6 @@ def test_a_cell_that_only_fails_is_given_up(bench: Bench) -> None:
     assert {row[1] for row in found if row[0] == "baseline"} == {1, 2, 3, 4}
 
 
-def test_a_full_disk_is_an_unfit_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(bench_run, "run", full)
-    done = CliRunner().invoke(bench_run.app, [str(tmp_path / "small.yaml")])
-    assert done.exit_code == 3
-    assert "No space left on device" in done.stderr
-
-
 def test_unsupported_cells_are_rows_and_no_failure(bench: Bench) -> None:
     text = SMALL.replace("repeats: 2", "repeats: 1").replace(
         "data.seed: [0, 1]", "machine.image: [host, cu121]\n  data.seed: [0, 1]"
@@ -373,3 +330,28 @@ def test_the_plan_learns_from_earlier_runs(bench: Bench) -> None:
     assert "time: about" in text
     assert "(2 of 2 cells timed before)" in text
     assert "from earlier runs" in text
+
+
+def test_the_plan_tells_the_range_the_budget_and_what_trials_took(bench: Bench) -> None:
+    text = SMALL + "max_repeats: 6\nbudget_s: 2h\npreflight: always\n"
+    matrix = bench.matrix(text)
+    bench.run(matrix, "--max-repeats", 2)
+    said = "\n".join(plan(bench, matrix))
+    assert "2 cells x 2 repeats, up to 6 where undecided" in said
+    assert re.search(r"time: about \d+ s \(2 of 2 cells timed before\), up to \d+ s with", said)
+    assert re.search(r"; preflight about \d+ s; set-up about \d+ s", said)
+    assert "budget: 120 min for the run" in said or "budget: 2 h 0 min for the run" in said
+
+
+def test_a_budget_on_the_command_line_ends_the_run_in_time(bench: Bench) -> None:
+    """A cell that would take an hour gets its share, the others go on, all within the budget."""
+    matrix = bench.matrix(SMALL.replace("[0, 1]", "[0, 1, 2]").replace("timeout_s: 20", ""))
+    began_s = time.monotonic()
+    done = bench.run(matrix, "--budget", "12s", **{"data__seed=1": {"mode": "hang"}})
+    assert time.monotonic() - began_s < 12 + 15, "beside the processes: start-up and the report"
+    assert done.returncode == 0, done.stderr
+    found = bench.records()
+    statuses = {(r["cell"], r["status"]) for r in found}
+    assert statuses >= {("baseline", "ok"), ("data.seed=2", "ok"), ("data.seed=1", "skipped")}
+    assert ("data.seed=1", "ok") not in statuses
+    assert {r["stopped_by"] for r in found if r["status"] == "skipped"} == {"budget"}

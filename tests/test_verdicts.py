@@ -19,11 +19,19 @@ from synthetic_records import (
     report_cells,
 )
 
-from bench.figures import TOTAL, stage_figures, steady_figure
-from bench.findings import trends
-from bench.intervals import ALPHA, MIN_BLOCKS, Effect, decide, holm_levels, mean_interval, paired
+from bench.judging.figures import TOTAL, stage_figures, steady_figure
+from bench.judging.findings import trends
+from bench.judging.intervals import (
+    ALPHA,
+    MIN_BLOCKS,
+    Effect,
+    decide,
+    holm_levels,
+    mean_interval,
+    paired,
+)
+from bench.judging.quality import compare, guard
 from bench.matrix import Matrix, cells
-from bench.quality import compare, guard
 from bench.verdicts import judge
 
 FLOOR = 0.02
@@ -214,18 +222,21 @@ def test_every_call_and_status_has_its_row(judged):
         "train.precision=bf16-mixed": "faster",
         "train.precision=fp16-mixed": "not in effect",
         "train.precision=bf16-true": "oom_host",
-        "teacher.adapter=qlora": "oom_gpu",
+        "teacher.adapter=qlora": "slower",
         "teacher.attn=eager": "slower",
         "teacher.attn=flash_attention_2": "unsupported",
         "train.accumulate_grad_batches=4": "worse quality",
         "train.accumulate_grad_batches=8": "killed",
         "train.num_workers=2": "same",
-        "train.num_workers=4": "timeout",
+        "train.num_workers=4": "timeout(train_steps)",
         "train.trainer=lightning": "undecided",
         "teacher.gradient_checkpointing=true": "slower",
         "teacher.lora_r=16": "unproven",
         "teacher.lora_r=32": "import",
-        "train.batch_size=128": "silent_exit",
+        "teacher.lora_r=64": "silent_exit",
+        "train.batch_size=128": "oom_gpu",
+        "train.compile=regional": "faster",
+        "train.compile=whole": "timeout(compile)",
         "machine.image=cu118": "skipped",
         "train.precision=bf16-mixed, teacher.inference_batch_size=256": "faster",
     }

@@ -1,5 +1,6 @@
 """The worker's side of the protocol, inside this process: which lines it writes, and when."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -7,11 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forgetful_worker
 import pytest
 import torch
 
-from bench import deaths, records, worker
-from core import pipeline, stages
+from bench import records, worker
+from bench.launching import deaths
+from core import checkpoints, pipeline, stages
 from core.loop import NonFiniteLoss
 
 # `pipeline.prepare_process` silences these for a run; pytest sets the filters anew for each test.
@@ -46,7 +49,7 @@ class Order:
             "artefacts": str(self.private),
             "shared_artefacts": str(self.shared),
             "warmup_steps": 2,
-            "prepare": False,
+            "task": "measure",
         } | changes
         order = self.folder / "cell.json"
         order.write_text(json.dumps(cell))
@@ -84,7 +87,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, i
     """A set-up run: its folder, exit status and lines."""
     folder = tmp_path_factory.mktemp("set-up")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        status, lines = Order(folder, monkeypatch).run(prepare=True)
+        status, lines = Order(folder, monkeypatch).run(task="prepare")
         yield folder, status, lines
 
 
@@ -124,7 +127,7 @@ def test_a_measured_process_records_each_stage_once(order: Order) -> None:
     assert made(order.shared) == {"prepare_data", "student_fit"}, "set-up is not written to"
     start = lines[0]["machine"]
     assert start["torch"] == torch.__version__
-    assert (start["device"], start["threads"], start["image"]) == ("cpu", 1, "host")
+    assert (start["device"], start["threads"], start["image"]) == ("cpu", 1, pipeline.image())
 
 
 def test_the_parent_finds_nothing_to_complain_of(order: Order, tmp_path: Path) -> None:
@@ -164,8 +167,8 @@ def test_what_cannot_be_known_is_no_zero(order: Order) -> None:
     line = next(line for line in lines if line["kind"] == "stage")
     assert line["loader_wait_s"] is None
     assert line["ranks"] is None
-    device = {name: value for name, value in line["memory"].items() if name != "host_peak_bytes"}
-    assert len(device) == 3
+    device = {name: v for name, v in line["memory"].items() if name.startswith(("torch", "device"))}
+    assert len(device) >= 3
     assert all(value == {"unavailable": "no CUDA device"} for value in device.values())
 
 
@@ -177,6 +180,70 @@ def test_a_stage_found_finished_is_refused(order: Order) -> None:
     assert kinds(lines) == ["start", "failure"]
     assert lines[-1]["stage"] == "teacher_fit"
     assert "teacher_fit: found finished before it was measured" in lines[-1]["reason"]
+
+
+# ---- preflight ----
+
+
+def test_a_trial_takes_two_batches_in_one_process_and_loads_them_in_another(order: Order) -> None:
+    shared = sorted(order.shared.iterdir())
+    stages = [*MEASURED, "teacher_outputs"]
+    status, lines = order.run(task="preflight_fit", stages=stages)
+    assert (status, kinds(lines)) == (0, ["start", "end"])
+    assert made(order.private) == {"teacher_fit"}
+    (fit,) = order.private.glob("teacher_fit-*")
+    losses = (fit / "steps.jsonl").read_text().splitlines()
+    assert len(losses) == 3, "two make a step of the optimizer, the third follows it"
+    status, lines = order.run(task="preflight_load", stages=stages)
+    assert (status, kinds(lines)) == (0, ["start", "end"])
+    assert made(order.private) == set(stages)
+    (test,) = order.private.glob("teacher_test-*")
+    assert json.loads((test / "metrics.json").read_text())["users"] == 32
+    told = [(line["stage"], line["phase"]) for line in lines if line["kind"] == "progress"]
+    assert ("teacher_fit", "reload") in told
+    assert sorted(order.shared.iterdir()) == shared, "set-up is not written to"
+    assert order.run(stages=stages)[0] == 0, "what a trial made is not taken for a measured stage"
+
+
+def test_a_trial_without_a_fit_goes_on_from_what_set_up_made(order: Order) -> None:
+    assert order.run(task="prepare", stages=["teacher_test"])[0] == 0
+    status, _ = order.run(task="preflight_load", stages=["teacher_test"])
+    assert status == 0
+    assert made(order.private) == {"teacher_test"}
+
+
+def test_a_trial_of_the_whole_pipeline_does_all_before_the_last_fit_first(order: Order) -> None:
+    stages = list(pipeline.STAGES)
+    nothing = {"shared_artefacts": str(order.folder / "none"), "stages": stages}
+    assert order.run(task="preflight_fit", **nothing)[0] == 0
+    assert made(order.private) == set(stages[: stages.index("distill_fit") + 1])
+    assert order.run(task="preflight_load", **nothing)[0] == 0
+    assert made(order.private) == set(stages)
+
+
+@pytest.mark.parametrize("way", ["drops_a_key", "loads_other_numbers"])
+def test_a_checkpoint_that_is_not_the_model_is_bad_output(order: Order, way: str) -> None:
+    order.monkeypatch.setattr(checkpoints, "save_teacher", checkpoints.save_teacher)
+    order.monkeypatch.setattr(checkpoints, "load_teacher", checkpoints.load_teacher)
+    getattr(forgetful_worker, way)()
+    assert order.run(task="preflight_fit")[0] == 0
+    assert order.run(task="preflight_load")[0] == 1
+    job, events = order.parent(task="preflight_load")
+    found, reason = deaths.name_death(job, events, 1, None, False, ())
+    assert found == "bad_output"
+    wanted = {"drops_a_key": "keys do not fit", "loads_other_numbers": "users differ by"}[way]
+    assert reason is not None and reason.startswith("reload: BadCheckpoint: teacher_fit/best")
+    assert wanted in reason
+    assert deaths.failed_stage(job, events) == "teacher_fit"
+    assert made(order.private) == {"teacher_fit"}, "no stage is tried on a wrong checkpoint"
+
+
+def test_a_missing_stage_shows_in_its_trial(order: Order) -> None:
+    order.breaks("teacher_test", NotImplementedError("no test step"))
+    assert order.run(task="preflight_fit")[0] == 0
+    status, lines = order.run(task="preflight_load")
+    assert status == 1
+    assert (lines[-1]["stage"], lines[-1]["phase"]) == ("teacher_test", "evaluation")
 
 
 # ---- failures ----
@@ -245,7 +312,7 @@ def refuse_after(stage: str) -> Callable[[Path], dict]:
 
 def test_a_failed_set_up_names_the_stage_it_was_in(order: Order) -> None:
     order.breaks("student_fit", MemoryError("full"))
-    status, lines = order.run(prepare=True, shared_artefacts=str(order.folder / "new"))
+    status, lines = order.run(task="prepare", shared_artefacts=str(order.folder / "new"))
     assert status == 1
     assert kinds(lines) == ["start", "failure"]
     assert (lines[-1]["stage"], lines[-1]["status"]) == ("student_fit", "oom_host")
@@ -299,15 +366,19 @@ def test_progress_is_a_sign_of_life_and_not_a_log(
     assert numbers[-1] > 900
 
 
-def test_the_begin_of_a_stage_is_told_at_once(order: Order) -> None:
-    """The parent names the stage of a sudden death by the last line of progress."""
+def test_the_begin_of_a_stage_and_of_a_phase_is_told_at_once(order: Order) -> None:
+    """The parent names the place of a sudden death by the last line of progress, and times phases
+    by these lines.
+    """
     order.monkeypatch.setattr(worker, "PROGRESS_S", 3600)
     _, lines = order.run()
-    told = [line for line in lines if line["kind"] in ("progress", "stage")]
-    assert [(line["kind"], line["stage"]) for line in told] == [
-        (kind, stage) for stage in MEASURED for kind in ("progress", "stage")
-    ]
-    assert {line["phase"] for line in told if line["kind"] == "progress"} == {"begin"}
+    told = [(line["stage"], line["phase"]) for line in lines if line["kind"] == "progress"]
+    assert list(dict.fromkeys(stage for stage, _ in told)) == MEASURED
+    for line in (line for line in lines if line["kind"] == "stage"):
+        phases = [phase for stage, phase in told if stage == line["stage"]]
+        assert phases[0] == "begin"
+        assert set(phases[1:]) == set(line["phases"]) - {"unaccounted"}
+    assert all(one != other for one, other in itertools.pairwise(told))
 
 
 def test_steps_are_counted_anew_in_each_phase(
@@ -324,6 +395,35 @@ def test_steps_are_counted_anew_in_each_phase(
         file.seek(0)
         told = [(line["phase"], line["step"]) for line in map(json.loads, file)]
     assert told == [(name, step) for name in phases for step in range(3)]
+
+
+def test_a_phase_goes_on_counting_after_one_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "PROGRESS_S", 3600)
+    with (tmp_path / "lines").open("w+") as file:
+        lines = worker.Lines(file)
+        observer = worker.listening(lines)
+        lines.learning = lambda: {"graphs": 1}
+        lines.enter("teacher_fit")
+        with observer.phase("train_steps"):
+            observer.step(1)
+            with observer.phase("compile"):
+                pass
+            observer.step(1)
+        lines.enter("teacher_test")
+        with observer.phase("train_steps"):
+            pass
+        file.seek(0)
+        told = [(line["phase"], line["step"], line.get("learnt")) for line in map(json.loads, file)]
+    assert told == [
+        ("begin", 0, None),
+        ("train_steps", 0, None),
+        ("compile", 0, {"graphs": 1}),
+        ("train_steps", 1, None),
+        ("begin", 0, None),
+        ("train_steps", 0, None),
+    ]
 
 
 def test_a_line_is_on_the_disk_when_it_is_written(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""From records to calls: figures, intervals, quality, warnings, the best cell."""

@@ -1,0 +1,1 @@
+"""How a worker is started somewhere, watched, ended, and its end named."""

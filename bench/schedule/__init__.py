@@ -1,0 +1,1 @@
+"""What runs next: blocks, repeats, budgets, and the search for the largest batch."""
