@@ -46,7 +46,7 @@ from bench.simulation import (
 from bench.verdicts import judge
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "reports" / "statistics.md"
+PAGE = ROOT / "reports/statistics.md"
 TRIALS, FEW = 2000, 200
 MOST_FALSE_ALARMS, LEAST_FOUND = 0.07, 0.95
 HEAD = """\
