@@ -138,7 +138,10 @@ def test_the_smoke_sees_a_second_environment_and_another_torch(
 def test_make_builds_what_the_settings_name() -> None:
     for name in IMAGES:
         done = subprocess.run(
-            ["make", "--dry-run", f"image-{name}"], cwd=ROOT, capture_output=True, text=True
+            ["make", "--no-print-directory", "--dry-run", f"image-{name}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
         expected = f"docker build --file Dockerfile.{name} --tag {engines.reference(name)} ."
         assert done.stdout.strip() == expected, done.stderr

@@ -514,7 +514,7 @@ def test_the_command_says_what_is_wrong(
 
 WALLED = """
 import os, subprocess, sys, time
-from bench import room
+from bench.schedule import room
 
 def died(reason):
     print("excess", reason, flush=True)
