@@ -120,8 +120,8 @@ def run(tmp_path_factory) -> Callable[..., dict[str, Observer]]:
     [
         ("regional", "loop", "lora"),
         ("regional", "lightning", "qlora"),
-        ("whole", "lightning", "lora"),
-        ("whole", "loop", "qlora"),
+        pytest.param("whole", "lightning", "lora", marks=pytest.mark.slow),
+        pytest.param("whole", "loop", "qlora", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_training_has_the_losses_of_eager_training(run, mode, trainer, adapter):
@@ -206,7 +206,13 @@ def test_layers_beyond_the_limit_of_recompiles_share_one_graph(monkeypatch):
     assert (fact["graphs"], fact["compiled_calls"], fact["limit_reached"]) == (1, 10, False)
 
 
-@pytest.mark.parametrize(("mode", "adapter"), [("regional", "lora"), ("whole", "qlora")])
+@pytest.mark.parametrize(
+    ("mode", "adapter"),
+    [
+        ("regional", "lora"),
+        pytest.param("whole", "qlora", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_checkpointing_changes_no_gradient(monkeypatch, mode, adapter):
     """Two forwards before the backward: each is recomputed with its own gates."""
     batches = [ROWS[:3], ROWS[3:]]
