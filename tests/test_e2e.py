@@ -100,9 +100,9 @@ class Bench:
         return [json.loads(line) for line in text.splitlines()]
 
     def settings(self, cell: str) -> dict[str, Any]:
-        """What a cell was told to run."""
-        path = self.run_folder / "cells" / f"{cell}-r1.json"
-        return json.loads(path.read_text())["settings"]
+        """What a cell was told to run in its first repeat."""
+        orders = (json.loads(path.read_text()) for path in self.run_folder.glob("cells/*-r1.json"))
+        return next(order["settings"] for order in orders if order["cell"] == cell)
 
     def proven(self, axes: dict[str, list]) -> dict[tuple[str, str, str], bool | None]:
         """(cell, setting, stage) -> whether the setting held there."""
