@@ -40,6 +40,8 @@ class ProofRow:
 PROOFS: dict[str, Proof] = {
     "train.precision": Proof(TEACHER_STAGES, model.prove_precision),
     "train.compile": Proof(TEACHER_STAGES, model.prove_compile),
+    "data.batching": Proof(TEACHER_STAGES, model.prove_batching),
+    "teacher.mode": Proof(TEACHER_STAGES, model.prove_mode),
     "teacher.adapter": Proof(TEACHER_STAGES, model.prove_adapter),
     "teacher.bnb_4bit_use_double_quant": Proof(TEACHER_STAGES, model.prove_double_quant),
     "teacher.attn": Proof(TEACHER_STAGES, model.prove_attention),

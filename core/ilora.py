@@ -1,21 +1,22 @@
 """iLoRA: a per-user gate over LoRA's rank slices, inside unmodified peft layers.
 
-Shapes: B users, D width of the SASRec state, K experts, R LoRA rank, M tokens of a batch (padding
-included).
+Shapes: B users, D width of the SASRec state, K experts, R LoRA rank, G gates of a batch, M its
+tokens (padding included).
 
 Expert k owns rows k·R/K .. (k+1)·R/K − 1 of A and those columns of B, so the mixture
 y = W0 x + s Σ_k g_k B_k A_k x, s = alpha / (R/K), is one multiply between A and B (Kong et al.,
-iLoRA, NeurIPS 2024): B · diag(repeat(g, R/K)) · A. It holds for dense and 4-bit layers alike,
-because all call `lora_A` as a module.
+iLoRA, NeurIPS 2024): B · diag(s · repeat(g, R/K)) · A. It holds for dense and 4-bit layers alike.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from core.config import InputError
@@ -85,8 +86,8 @@ def gate_weights(router: nn.Module, state_BD: Tensor) -> Tensor:
 
 
 class RankGate:
-    """Multiplies every adapted layer's rank-space activations by the factors bound to the running
-    forward.
+    """Holds the factors of the running forward: one row of R numbers for each token, gate and LoRA
+    scale in one.
     """
 
     def __init__(self):
@@ -109,35 +110,65 @@ class RankGate:
         """
         return nullcontext(), self.bound(self.factor_MR)
 
-    def hook(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        """Forward hook of a `lora_A`: output (..., R) times the factors, token by token."""
+    def applied(self, low_MR: Tensor) -> Tensor:
+        """Rank-space activations (M, R) times the bound factors, token by token."""
         if self.factor_MR is None:
             raise RuntimeError(
                 "iLoRA: a gated layer ran outside `RankGate.bound`; bind factors first"
             )
-        if self.factor_MR.numel() != output.numel():
+        if self.factor_MR.shape != low_MR.shape:
             raise RuntimeError(
                 f"iLoRA: factors for {tuple(self.factor_MR.shape)}, "
-                f"activations {tuple(output.shape)}: expanded batches (beams) must repeat "
+                f"activations {tuple(low_MR.shape)}: expanded batches (beams) must repeat "
                 "their factors"
             )
         if not torch.compiler.is_compiling():  # traced, not called
             self.calls += 1
-        # Some backbones flatten (B, T, d) to (B·T, d) before a layer; both have a row for each
-        # token.
-        return output * self.factor_MR.view_as(output).to(output.dtype)
+        return low_MR * self.factor_MR.to(low_MR.dtype)
 
 
-def token_factors(gate_BK: Tensor, lengths_B: Tensor, width: int, rank: int) -> Tensor:
-    """Factors for each token (B·width, R): K·g_k on the ranks of expert k, 0 on padding.
+class GatedLinear(LoraVariant):
+    """How an adapted layer of peft runs with the gate: W0 x + B (f ∘ A x), f the bound factors.
 
-    peft scales by alpha/R, iLoRA by alpha/(R/K): the K makes up for it, and a uniform gate is plain
-    LoRA.
+    It sits in the slot that peft's layers, dense and 4-bit, keep for variants of LoRA. Three
+    operators beside the base layer: A's product, the factors, and one product that also adds.
     """
-    experts = gate_BK.shape[1]
-    factor_BR = (gate_BK * experts).repeat_interleave(rank // experts, 1)
-    real_BT = torch.arange(width, device=gate_BK.device) < lengths_B[:, None]
-    return (factor_BR[:, None] * real_BT[..., None]).flatten(0, 1)
+
+    def __init__(self, gate: RankGate):
+        self.gate = gate
+
+    def forward(
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        """Output (..., d_out) of the layer whose base layer gave `result` for `x` (..., d_in)."""
+        first, second = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        # Some backbones flatten (B, T, d) to (B·T, d) before a layer; both have a row per token.
+        x_MD = module.lora_dropout[active_adapter](x).flatten(0, -2)
+        if not torch.is_autocast_enabled(x.device.type):
+            x_MD = x_MD.to(first.weight.dtype)
+        low_MR = self.gate.applied(F.linear(x_MD, first.weight))
+        if result.dtype != low_MR.dtype:  # behind a norm that peft holds in fp32
+            return result + F.linear(low_MR, second.weight).view_as(result)
+        # Out of place: behind a layer with a bias the in-place form makes autograd copy.
+        added = torch.addmm(result.flatten(0, -2), low_MR, second.weight.t())
+        return added.view_as(result)
+
+    def _refuse(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError("iLoRA: every instance has its own mixture; there is nothing to merge")
+
+    merge_safe = merge_unsafe = unmerge = _refuse
+
+
+def token_factors(gate_GK: Tensor, gate_rows_M: Tensor, settings: TeacherSettings) -> Tensor:
+    """Factors (M, R) for each token of a batch: alpha / (R/K) · g_k on the ranks of expert k.
+
+    `gate_rows_M` names each token's row of the gates (G, K); G = no gate, the factors are 0, as on
+    padding. peft would scale by alpha / R; with a uniform gate this is plain LoRA.
+    """
+    share = settings.lora_r // settings.num_experts
+    factor_GR = (gate_GK * (settings.lora_alpha / share)).repeat_interleave(share, 1)
+    # An embedding's backward sums in a fixed order, that of an index does not on a GPU.
+    return F.embedding(gate_rows_M, F.pad(factor_GR, (0, 0, 0, 1)))
 
 
 def recompute_layers(backbone: nn.Module, settings: TeacherSettings, gate: RankGate) -> str | None:
@@ -173,18 +204,26 @@ def add_adapters(backbone: nn.Module, settings: TeacherSettings, gate: RankGate)
         model = get_peft_model(backbone, config)
     except ValueError as error:
         raise InputError(f"teacher.target_modules: {error}") from error
-    for layer in adapted_layers(model):
-        layer.lora_A["default"].register_forward_hook(gate.hook)
+    for layer in lora_layers(model):
+        if layer.lora_variant:
+            raise RuntimeError("iLoRA: DoRA and other variants bypass the gate; use plain LoRA")
+        layer.lora_variant["default"] = GatedLinear(gate)
+        # Else peft casts the input to the adapters' precision: for fp32 adapters under autocast a
+        # copy twice the size, which autocast rounds again.
+        layer.cast_input_dtype_enabled = False
     return model
 
 
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """Every layer that peft has adapted."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
 def adapted_layers(model: nn.Module) -> list[LoraLayer]:
-    """The LoRA layers of a model. Raises RuntimeError for variants that go round `lora_A` (merged,
-    DoRA).
-    """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    """The gated layers of a model. Raises RuntimeError for an adapter that goes round the gate."""
+    layers = lora_layers(model)
     for layer in layers:
-        if layer.merged or getattr(layer, "lora_variant", {}):
+        if layer.merged or not isinstance(layer.lora_variant.get("default"), GatedLinear):
             raise RuntimeError(
                 "iLoRA: merged adapters and LoRA variants bypass the gate; use plain LoRA"
             )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -135,6 +136,8 @@ class Observer:
         """What a phase that may last has found out so far; another thread may ask."""
         self.until_end = ExitStack()
         """Contexts of the stage, closed by whoever runs it."""
+        self._shapes: set[tuple[int, ...]] = set()
+        self._lengths = np.zeros(5)
         self._open: list[list] = []
         self._census: Census | None = None
 
@@ -254,6 +257,26 @@ class Observer:
     def largest(self, name: str, value: int) -> None:
         """Keep the largest value seen under a fact's name."""
         self.facts[name] = max(value, self.facts.get(name, 0))
+
+    def batch(self, batch: dict) -> None:
+        """Note the shape of a batch of prompts, and whether prompts of like length met in it.
+
+        Of the logarithms of all lengths so far, their variance and that inside batches: where
+        prompts meet at random the two are equal.
+        """
+        self._shapes.add(tuple(batch["ids"].shape))
+        logs = np.log(batch["lengths"])
+        inside = ((logs - logs.mean()) ** 2).sum()
+        self._lengths += (len(logs), logs.sum(), (logs**2).sum(), inside, len(logs) - 1)
+        count, total, squares, inside, freedom = self._lengths
+        self.counts.update(prompts=len(logs), prompt_batches=1)
+        self.facts["batch_shapes"] = len(self._shapes)
+        if freedom:
+            everywhere = max(squares - total**2 / count, 0.0) / (count - 1)
+            self.facts["length_variance"] = {
+                "all": float(everywhere),
+                "inside": float(inside / freedom),
+            }
 
     def loss_trace(self) -> list[float]:
         """All losses of the stage as numbers, one device read."""

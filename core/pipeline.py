@@ -21,7 +21,7 @@ from core.config import InputError
 from core.loop import float32_products
 from core.observe import Observer
 from core.readers import source_files
-from core.settings import Settings, StageName
+from core.settings import DataSettings, Settings, StageName
 from core.stages import Work
 
 STAGES: tuple[str, ...] = get_args(StageName)
@@ -40,13 +40,15 @@ class Stage:
     """Settings it may see though its result does not depend on them (proved by test)."""
 
 
-TEACHER = ("seed", "student", "teacher", "train", "eval")
+TEACHER = ("seed", "student", "teacher", "train", "eval", "data.batching")
+# How batches are put together is no property of the ratings.
+_RATINGS = tuple(f"data.{leaf}" for leaf in DataSettings.model_fields if leaf != "batching")
 _TEST = ("student", "eval")
 _BEFORE_TEACHER = ("prepare_data", "student_fit")
 _BEFORE_TEST = (*_BEFORE_TEACHER, "teacher_fit")
 _STUDENT, _DISTILL = ("seed", "student", "eval"), ("seed", "student", "distill", "eval")
 PIPELINE: dict[str, Stage] = {
-    "prepare_data": Stage(stages.prepare_data, (), ("data",)),
+    "prepare_data": Stage(stages.prepare_data, (), _RATINGS),
     "student_fit": Stage(stages.student_fit, ("prepare_data",), _STUDENT, FITS),
     "student_test": Stage(stages.student_test, ("prepare_data", "student_fit"), _TEST),
     "teacher_fit": Stage(stages.teacher_fit, _BEFORE_TEACHER, TEACHER),

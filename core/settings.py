@@ -32,6 +32,8 @@ StageName = Literal[
     "distill_test",
     "evaluate_all",
 ]
+Batching = Literal["padded", "grouped", "packed"]
+Mode = Literal["instance", "causal", "tail"]
 Source = Literal["synthetic", "ml-1m", "ml-100k", "ml-latest-small", "ml-latest", "csv", "parquet"]
 
 
@@ -109,6 +111,10 @@ class DataSettings(Section):
     min_interactions: Annotated[int, Field(ge=3)] = 3
     """Users with fewer interactions are dropped: leave-one-out needs three."""
     seed: int = 0
+    batching: Batching = "grouped"
+    """Which prompts of the teacher meet in a batch: `padded` at random, `grouped` those of similar
+    length, one a row; `packed` at random, several a row, every batch of one shape.
+    """
     synthetic: SyntheticSettings = SyntheticSettings()
 
 
@@ -151,6 +157,12 @@ class TeacherSettings(Section):
 
     llm_model_name: str = "tiny"
     """Hub id, local folder, or an architecture preset with random weights (`core.llm.PRESETS`)."""
+    mode: Mode = "instance"
+    """`instance`: a prompt and a gate for each sample (iLoRA). `causal` and `tail` answer all
+    samples of a user's window in one prompt, many times cheaper, and are other models: in `causal`
+    each item's tokens have the gate of the history up to it; in `tail` the history has none and
+    each sample its copy of the prompt's end.
+    """
     adapter: Literal["lora", "qlora"] = "lora"
     attn: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool | None = False
@@ -352,7 +364,30 @@ class Settings(Section):
     machine: MachineSettings = MachineSettings()
 
     @model_validator(mode="after")
-    def _layers_share_code(self) -> "Settings":
+    def _sections_agree(self) -> "Settings":
+        masked = [
+            name
+            for name, on in (
+                ("data.batching: packed", self.data.batching == "packed"),
+                ("teacher.mode: tail", self.teacher.mode == "tail"),
+            )
+            if on
+        ]
+        if masked and self.teacher.attn == "flash_attention_2":
+            raise ValueError(
+                f"{masked[0]} needs an explicit mask, which teacher.attn: flash_attention_2 does "
+                "not take; use sdpa"
+            )
+        if masked and self.teacher.use_cache:
+            raise ValueError(
+                f"{masked[0]} lets tokens of a row not see each other; no cache of keys and values "
+                "serves such rows: set teacher.use_cache to false"
+            )
+        if self.data.batching == "packed" and self.train.devices != 1:
+            raise ValueError(
+                "data.batching: packed packs the rows of one process; with train.devices above 1 "
+                "use grouped"
+            )
         if self.train.compile == "regional" and self.teacher.use_cache:
             raise ValueError(
                 "train.compile: regional compiles one layer for all, and with teacher.use_cache "

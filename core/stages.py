@@ -31,6 +31,7 @@ from core import (
 )
 from core.loop import Fit, adamw, fit_loop
 from core.observe import Observer
+from core.plan import GatedPrompts
 from core.sasrec import SASRec
 
 PROBE = "probe.npy"
@@ -162,13 +163,16 @@ def build_teacher(work: Work) -> tuple[teacher.Teacher, prompts.Pieces, data.Pre
 def _training_queries(
     work: Work, prepared: data.Prepared, pieces: prompts.Pieces, most: int
 ) -> ranking.Queries:
-    """Every training sample as a query; its row is its sample id. A short trial has `most`."""
+    """Every training sample as a query; its row is its sample id. A short trial has those of `most`
+    prompts.
+    """
     users, positions = data.train_samples(prepared)
     starts = prepared.offsets[users]
     queries = ranking.Queries(prepared.items, starts, starts + positions, users)
     if not work.batches:
         return queries
-    return prompts.longest(pieces, queries, work.settings.teacher.max_history, most)
+    teaching = work.settings.teacher
+    return prompts.longest(pieces, queries, teaching.max_history, teaching.mode, most)
 
 
 def _micro_batches(work: Work) -> int:
@@ -187,16 +191,17 @@ def _teacher_fit(work: Work, group: ranks.Group) -> None:
     model, pieces, prepared = build_teacher(work)
     with observer.phase("set_up"):
         queries = _training_queries(work, prepared, pieces, _micro_batches(work) * train.batch_size)
-        states = teacher.encoder_states(model.encoder, queries)
+        asked = prompts.prompts_of(queries, settings.teacher.max_history, settings.teacher.mode)
+        states = teacher.encoder_states(model.encoder, prompts.gate_queries(asked))
         optimizer = adamw(model.trainable(), train.lr, train.weight_decay)
 
-    def batches(epoch: int) -> teacher.GatedPrompts:
-        return teacher.GatedPrompts(
+    def batches(epoch: int) -> GatedPrompts:
+        return GatedPrompts(
             states,
             pieces,
-            queries,
-            settings.teacher.max_history,
+            asked,
             train.batch_size,
+            batching=settings.data.batching,
             seed=settings.seed + epoch,
             most=train.max_steps,
             group=group,
@@ -212,7 +217,8 @@ def _teacher_fit(work: Work, group: ranks.Group) -> None:
         weight = teacher.reverse_weight(settings, optimizer_steps, total)
 
     def loss(batch: dict) -> Tensor:
-        observer.largest("largest_train_batch", batch["samples"])
+        observer.largest("largest_train_batch", batch["prompts"])
+        observer.batch(batch)
         return teacher.training_loss(model, batch, settings, weight, observer)
 
     score = teacher.scorer(model, pieces, settings, observer)

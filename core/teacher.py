@@ -1,12 +1,11 @@
 """The iLoRA teacher: prompts with projected item embeddings -> gated frozen backbone -> item head;
 its training.
 
-Shapes: B users, T prompt tokens, H backbone width, D SASRec width, V items, C candidates of the
-training softmax.
+Shapes: R rows of a batch, L tokens of a row, M = R·L, S samples (answers), I item slots, G gates, H
+backbone width, D SASRec width, V items, C candidates of the training softmax.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ from core.compiling import Execution
 from core.config import InputError
 from core.loop import autocast, delivered, loader
 from core.observe import Observer, parameter_dtypes
-from core.prompts import Pieces, PromptBatches, assemble, prompt_lengths
+from core.plan import GatedPrompts
+from core.prompts import Pieces, gate_queries, prompts_of, visible
 from core.ranking import Queries, Scorer
-from core.ranks import ALONE, Group
 from core.reverse import decayed_lambda, reverse_loss
 from core.sasrec import SASRec
 from core.settings import Settings
@@ -41,7 +40,7 @@ class Teacher(nn.Module):
         self.width = width = backbone.get_input_embeddings().embedding_dim
         table = encoder.item_table.weight
         self.use_cache = teacher.use_cache
-        self.rank = teacher.lora_r
+        self.adapters = teacher
         self.item_token_dropout = teacher.item_token_dropout
         self.gate = ilora.RankGate()
         self.checkpointing_by = ilora.recompute_layers(backbone, teacher, self.gate)
@@ -67,6 +66,7 @@ class Teacher(nn.Module):
         self.cache = None
         self.execution = Execution(self.backbone.get_base_model(), settings.train.compile)
         self._after_forward = {"gate_calls": 0, "first_layer_calls": 0}
+        self._bound: tuple[Tensor, dict[str, int]] | None = None
 
     @property
     def encoder(self) -> SASRec:
@@ -78,47 +78,55 @@ class Teacher(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def read_out(self, batch: dict, observer: Observer | None = None) -> Tensor:
-        """State of each prompt's last token, (B, H). The gate factors stay bound through a
-        checkpointed backward.
+        """State behind each answer, (S, H). The gate factors stay bound through a checkpointed
+        backward.
         """
-        width = batch["ids"].shape[1]
         most = self.backbone.config.max_position_embeddings
-        if width > most:
+        if (longest := batch["lengths"].max()) > most:
             raise InputError(
-                f"teacher.max_history: a prompt of {width} tokens; this backbone takes at most "
-                f"{most}: lower teacher.max_history or teacher.max_title_tokens"
+                f"teacher.max_history: a prompt of {longest} tokens; this backbone takes "
+                f"at most {most}: lower teacher.max_history or teacher.max_title_tokens"
             )
         self.gate.calls = self.execution.first_layer_calls = 0
-        gate_BK = ilora.gate_weights(self.router, batch["states"])
-        factors = ilora.token_factors(gate_BK, batch["lengths"], width, self.rank)
         embed = self.backbone.get_input_embeddings()
-        embeds_BTH = embed(batch["ids"]).detach()
+        embeds_RLH = embed(batch["ids"]).detach()
         vectors = self.encoder.item_table.weight[batch["slot_items"]]
         if self.training and self.item_token_dropout:
             shown = torch.rand(len(vectors), 1, device=vectors.device) >= self.item_token_dropout
             vectors = vectors * shown
-        slots_SH = self.project(vectors).to(embeds_BTH.dtype)
-        embeds_BTH = (
-            embeds_BTH.flatten(0, 1)
-            .index_copy(0, batch["slot_positions"], slots_SH)
-            .view_as(embeds_BTH)
+        slots_IH = self.project(vectors).to(embeds_RLH.dtype)
+        embeds_RLH = (
+            embeds_RLH.flatten(0, 1)
+            .index_copy(0, batch["slot_positions"], slots_IH)
+            .view_as(embeds_RLH)
         )
+        gate_GK = ilora.gate_weights(self.router, batch["states"])
+        factors_MR = ilora.token_factors(gate_GK, batch["gate_rows"], self.adapters)
         watch = (observer or Observer()).backbone()
-        with watch, self.gate.bound(factors):
-            hidden_BTH = self.last_hidden(embeds_BTH)
+        with watch, self.gate.bound(factors_MR.to(embeds_RLH.dtype)):
+            hidden_RLH = self.last_hidden(embeds_RLH, batch["layout"])
+        counts = {"prompts": batch["prompts"], "tokens": batch["own_tokens"]}
+        self._bound = factors_MR.detach(), counts | {"answers": len(batch["readout"])}
         self._after_forward = {
             "gate_calls": self.gate.calls,
             "first_layer_calls": self.execution.first_layer_calls,
         }
-        return hidden_BTH.flatten(0, 1)[batch["readout"]]
+        return hidden_RLH.flatten(0, 1)[batch["readout"]]
 
-    def last_hidden(self, embeds_BTH: Tensor) -> Tensor:
-        """Last hidden states of the backbone, (B, T, H).
+    def last_hidden(self, embeds_RLH: Tensor, layout: Tensor | None = None) -> Tensor:
+        """Last hidden states of the backbone, (R, L, H); without a layout each row is one prompt.
 
         A cache it writes lives until the next forward has ended, as it does with whoever binds the
         outputs to a name.
         """
-        output = self.backbone(inputs_embeds=embeds_BTH, use_cache=self.use_cache)
+        masked = {}
+        if layout is not None:
+            mask = visible(layout)
+            if self.backbone.config._attn_implementation == "eager":  # adds it to the scores
+                hidden = torch.finfo(embeds_RLH.dtype).min
+                mask = torch.zeros_like(mask, dtype=embeds_RLH.dtype).masked_fill(~mask, hidden)
+            masked = {"attention_mask": mask, "position_ids": layout[1].long()}
+        output = self.backbone(inputs_embeds=embeds_RLH, use_cache=self.use_cache, **masked)
         self.cache = output.past_key_values
         return output.last_hidden_state
 
@@ -147,6 +155,16 @@ class Teacher(nn.Module):
         if hasattr(self, "head"):
             return None
         return reverse_loss(kind, self.item_table, self.item_table_start)
+
+    def gate_use(self) -> dict[str, int] | None:
+        """Of the last `read_out`: prompts, tokens, answers; and, read off the factors that were
+        bound, gates that differ and tokens that have one.
+        """
+        if self._bound is None:
+            return None
+        factors_MR, counts = self._bound
+        gated_MR = factors_MR[factors_MR.any(1)]
+        return counts | {"gates": len(gated_MR.unique(dim=0)), "gated_tokens": len(gated_MR)}
 
     def call_counts(self) -> dict[str, dict[str, int]]:
         """Calls since the last `read_out` began: gated layers and the first layer's inside, also
@@ -200,46 +218,6 @@ def encoder_states(encoder: SASRec, queries: Queries, batch_size: int = 256) -> 
     return states
 
 
-class GatedPrompts(PromptBatches):
-    """Prompt batches with the SASRec state of each row beside them; of a group's batches the own
-    share.
-    """
-
-    def __init__(self, states_QD: Tensor, *args, most: int = -1, group: Group = ALONE, **options):
-        super().__init__(*args, **options)
-        self.states_QD, self.group = states_QD, group
-        if most != -1:
-            self.plan = self.plan[:most]
-
-    def __getitem__(self, index: int) -> dict:
-        batch = super().__getitem__(index) if self.group.size == 1 else self.share(self.plan[index])
-        return batch | {"states": self.states_QD[batch["rows"]]}
-
-    def share(self, rows: np.ndarray) -> dict:
-        """This process's part of a micro-batch, with the counts of the whole one.
-
-        `weight` makes the mean over the processes of (weight · mean loss of the own rows) the mean
-        loss of all rows; who gets none computes one for nothing. `all_targets`: of all rows.
-        """
-        shares = [replace(self.group, rank=rank).share(rows) for rank in range(self.group.size)]
-        own = self.group.share(rows)
-        weight = len(own) * self.group.size / len(rows)
-        lengths = [
-            prompt_lengths(self.pieces, self.queries, self.max_history, share)
-            for share in shares
-            if len(share)
-        ]
-        return assemble(
-            self.pieces, self.queries, self.max_history, own if len(own) else rows[:1]
-        ) | {
-            "weight": weight,
-            "all_targets": torch.from_numpy(self.queries.targets[rows]),
-            "samples": len(rows),
-            "tokens": int(sum(each.sum() for each in lengths)),
-            "padded_tokens": int(sum(each.max() * len(each) for each in lengths)),
-        }
-
-
 def training_loss(
     teacher: Teacher, batch: dict, settings: Settings, reverse_weight: float, observer: Observer
 ) -> Tensor:
@@ -258,8 +236,15 @@ def training_loss(
         others = batch.get("all_targets", targets_B)
         extra = max(settings.teacher.train_candidates - len(others), 0)
         drawn = torch.randint(1, items + 1, (extra,), device=targets_B.device)
-        candidates, where = torch.cat([targets_B, others, drawn]).unique(return_inverse=True)
-        scores, labels = teacher.scores(state_BH, candidates), where[: len(targets_B)]
+        candidates_C = torch.cat([others, drawn])
+        scores = teacher.scores(state_BH, candidates_C)
+        # Of an item drawn twice one column counts. Which one, a table says: to make the candidates
+        # unique would mean to ask the device how many there are.
+        columns_C = torch.arange(len(candidates_C), device=candidates_C.device)
+        column_V = torch.empty(items + 1, dtype=torch.long, device=candidates_C.device)
+        column_V[candidates_C] = columns_C
+        again_C = column_V[candidates_C] != columns_C
+        scores, labels = scores.masked_fill(again_C, float("-inf")), column_V[targets_B]
     loss = F.cross_entropy(scores, labels)
     if "weight" in batch:
         loss = loss * batch["weight"]
@@ -303,33 +288,32 @@ def infer(
     observer: Observer,
     rows: np.ndarray | None = None,
 ) -> Iterator[tuple[dict, Tensor, Tensor]]:
-    """Run the queries (or some of their rows): batches with read-out states (B, H) and scores (B,
-    V+1), fp32.
+    """Run the queries: batches with read-out states (S, H) and scores (S, V+1), fp32. With `rows`
+    the prompts that answer these rows, whatever else they answer.
     """
     teacher.eval()
     device = teacher.projector[0].weight.device
-    batches = GatedPrompts(
-        encoder_states(teacher.encoder, queries),
-        pieces,
-        queries,
-        settings.teacher.max_history,
-        settings.teacher.inference_batch_size,
-    )
+    asked = prompts_of(queries, settings.teacher.max_history, settings.teacher.mode)
     if rows is not None:
-        wanted = np.isin(np.concatenate(batches.plan), rows)
-        kept = np.concatenate(batches.plan)[wanted]
-        size = settings.teacher.inference_batch_size
-        batches.plan = [kept[start : start + size] for start in range(0, len(kept), size)]
+        asked = asked.that_answer(rows)
+    batches = GatedPrompts(
+        encoder_states(teacher.encoder, gate_queries(asked)),
+        pieces,
+        asked,
+        settings.teacher.inference_batch_size,
+        batching=settings.data.batching,
+    )
     for batch in delivered(loader(batches, settings.train.num_workers, device), observer, device):
         observer.loader_processes()
         with observer.first_step(), autocast(settings.train.precision, device):
-            state_BH = teacher.read_out(batch, observer)
-            scores_BV = teacher.scores(state_BH)
-        observer.largest("largest_batch", batch["samples"])
+            state_SH = teacher.read_out(batch, observer)
+            scores_SV = teacher.scores(state_SH)
+        observer.largest("largest_batch", batch["prompts"])
+        observer.batch(batch)
         observer.counts.update(
             inference_tokens=batch["tokens"], inference_padded_tokens=batch["padded_tokens"]
         )
-        yield batch, state_BH.float(), scores_BV
+        yield batch, state_SH.float(), scores_SV
 
 
 @torch.inference_mode()
@@ -374,6 +358,7 @@ def describe(teacher: Teacher, observer: Observer) -> None:
     )
     observer.probes.update(
         gate_calls=lambda: teacher.call_counts()["gate"]["forward"],
+        gate_use=teacher.gate_use,
         checkpoint_calls=lambda: teacher.call_counts()["first_layer"],
         training=lambda: all(module.training for module in teacher.modules()),
         cache=lambda: _cache_use(teacher, observer),

@@ -373,8 +373,7 @@ def honest_facts(settings: dict[str, Any], stage: str, optimizer_steps: int) -> 
         "layers_4bit": 2 * LAYERS if packed else 0,
         "frozen_bytes": (60 if packed else 250) << 20,
         "gate_calls": 2 * LAYERS,
-        "inputs_embeds": {"shape": [32, 40, 128], "dtype": dtype},
-        "attention_mask": {"shape": [32, 40], "dtype": "int64"},
+        **honest_batch(settings["data"]["batching"], teacher["mode"], dtype),
         "grad_enabled": fit,
         "cache": {"written_bytes": 1 << 20, "read": False} if teacher["use_cache"] else None,
         "compile": honest_compile(train["compile"]),
@@ -408,6 +407,26 @@ def honest_facts(settings: dict[str, Any], stage: str, optimizer_steps: int) -> 
         "optimizer_steps": optimizer_steps,
         "accumulate_grad_batches_seen": -(-STEPS // optimizer_steps) if every > 1 else 1,
         "largest_train_batch": train["batch_size"],
+    }
+
+
+def honest_batch(batching: str, mode: str, dtype: str) -> dict[str, Any]:
+    """What the observed batch of 32 prompts shows of how it was put together."""
+    rows, tokens = 8 if batching == "packed" else 32, 1100
+    masked = batching == "packed" or mode == "tail"
+    return {
+        "inputs_embeds": {"shape": [rows, 1280 // rows, 128], "dtype": dtype},
+        "attention_mask": {"shape": [rows, 1, 40, 40], "dtype": "bool"} if masked else None,
+        "gate_use": {
+            "prompts": 32,
+            "answers": 32 if mode == "instance" else 90,
+            "tokens": tokens,
+            "gates": 32 if mode == "instance" else 90,
+            "gated_tokens": 450 if mode == "tail" else tokens,
+        },
+        "batch_shapes": 1 if batching == "packed" else 4,
+        "prompt_batches": 10,
+        "length_variance": {"all": 0.2, "inside": 0.01 if batching == "grouped" else 0.19},
     }
 
 

@@ -35,6 +35,8 @@ BASE = {
 # What each axis asks beside the baseline's value, and where it acts first.
 ASKED: dict[str, tuple[Any, Any]] = {
     "train.precision": ("fp32", "bf16-mixed"),
+    "data.batching": ("grouped", "packed"),
+    "teacher.mode": ("instance", "causal"),
     "teacher.adapter": ("lora", "qlora"),
     "teacher.attn": ("sdpa", "eager"),
     "teacher.gradient_checkpointing": (False, True),

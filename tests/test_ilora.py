@@ -88,8 +88,15 @@ def gradients(output: torch.Tensor, wrt: dict[str, torch.Tensor]) -> dict[str, t
     return dict(zip(wrt, found, strict=True))
 
 
-def gated(model, gate, x, logits, rank: int = RANK) -> torch.Tensor:
-    factors = ilora.token_factors(logits.softmax(-1), LENGTHS, 6, rank)
+def factors_of(gate_BK: torch.Tensor, lengths: torch.Tensor = LENGTHS) -> torch.Tensor:
+    """Factors of rows of six tokens, one gate a row, none on padding."""
+    row = torch.arange(len(gate_BK))[:, None]
+    gate_rows = torch.where(torch.arange(6) < lengths[:, None], row, len(gate_BK))
+    return ilora.token_factors(gate_BK, gate_rows.flatten(), make_settings())
+
+
+def gated(model, gate, x, logits) -> torch.Tensor:
+    factors = factors_of(logits.softmax(-1))
     with gate.bound(factors):
         return read_out(model, x)
 
@@ -140,8 +147,7 @@ def test_the_gated_forward_is_each_users_merged_weight():
     x, logits = inputs(torch.float64)
     layer = ilora.adapted_layers(model)[0]
     first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    factors = ilora.token_factors(logits.softmax(-1), LENGTHS, 6, RANK)
-    with gate.bound(factors):
+    with gate.bound(factors_of(logits.softmax(-1))):
         found = layer(x)
     for user, length in enumerate(LENGTHS):
         g = (EXPERTS * logits.softmax(-1))[user].repeat_interleave(RANK // EXPERTS)
@@ -156,7 +162,7 @@ def test_experts_without_weight_get_no_gradient(chosen):
     x, _ = inputs(torch.float32)
     one_hot = torch.zeros(3, EXPERTS)
     one_hot[:, chosen] = 1
-    with gate.bound(ilora.token_factors(one_hot, LENGTHS, 6, RANK)):
+    with gate.bound(factors_of(one_hot)):
         found = gradients(read_out(model, x), adapters(model))
     own = torch.zeros(RANK, dtype=torch.bool)
     own[2 * chosen : 2 * chosen + 2] = True
@@ -168,11 +174,11 @@ def test_experts_without_weight_get_no_gradient(chosen):
 
 def test_factors_belong_to_tokens_and_leave_padding_out():
     gate_BK = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 0.0, 0.0, 0.0]])
-    found = ilora.token_factors(gate_BK, torch.tensor([2, 3]), 3, 8).view(2, 3, 8)
-    assert torch.allclose(found[0, 0], torch.tensor([0.4, 0.4, 0.8, 0.8, 1.2, 1.2, 1.6, 1.6]))
+    found = factors_of(gate_BK, torch.tensor([2, 6])).view(2, 6, 8)
+    assert torch.allclose(found[0, 0], 16 * torch.tensor([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4]))
     assert torch.equal(found[0, 0], found[0, 1])
-    assert not found[0, 2].any()
-    assert torch.equal(found[1], torch.tensor([4.0, 4, 0, 0, 0, 0, 0, 0]).expand(3, 8))
+    assert not found[0, 2:].any()
+    assert torch.equal(found[1], torch.tensor([16.0, 16, 0, 0, 0, 0, 0, 0]).expand(6, 8))
 
 
 # ---- checkpointing ----
@@ -206,7 +212,7 @@ def naive_two_forwards(bound_in_backward: bool) -> dict[str, torch.Tensor]:
     output = torch.cat([gated(model, gate, *part) for part in parts])
     if not bound_in_backward:
         return gradients(output, adapters(model))
-    last = ilora.token_factors(parts[-1][1].softmax(-1).detach(), LENGTHS, 6, RANK)
+    last = factors_of(parts[-1][1].softmax(-1).detach())
     with gate.bound(last.requires_grad_()):
         return gradients(output, adapters(model))
 
@@ -260,7 +266,7 @@ def test_a_gate_for_another_number_of_rows_is_an_error(rows):
     """One row would otherwise broadcast silently over expanded beams."""
     model, gate = build(make_settings())
     uniform = torch.full((rows, EXPERTS), 1 / EXPERTS)
-    factors = ilora.token_factors(uniform, torch.full((rows,), 6), 6, RANK)
+    factors = factors_of(uniform, torch.full((rows,), 6))
     with gate.bound(factors), pytest.raises(RuntimeError, match="must repeat their factors"):
         read_out(model, inputs(torch.float32)[0])
 
@@ -268,9 +274,8 @@ def test_a_gate_for_another_number_of_rows_is_an_error(rows):
 def test_what_goes_round_the_gate_is_refused():
     model, _ = build(make_settings())
     assert len(ilora.adapted_layers(model)) == 12
-    model.merge_adapter()
-    with pytest.raises(RuntimeError, match="bypass the gate"):
-        ilora.adapted_layers(model)
+    with pytest.raises(RuntimeError, match="nothing to merge"):
+        model.merge_adapter()
     config = LoraConfig(r=8, target_modules=["q_proj"], use_dora=True)
     dora = get_peft_model(llm.load_backbone(make_settings(), "fp32", CPU, 0), config)
     with pytest.raises(RuntimeError, match="bypass the gate"):

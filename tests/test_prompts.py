@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from tiny import pieces, prepared, queries
 
 from core import llm, prompts
-from core.prompts import CUE, INSTRUCTION, PromptBatches, assemble
+from core import plan as plans
+from core.prompts import CUE, INSTRUCTION, Pieces, prompts_of
 from core.ranking import Queries
 
 BEGIN = 1
@@ -31,6 +33,15 @@ def asked(histories: list[list[int]]) -> Queries:
     ends = np.cumsum([len(history) + 1 for history in histories]) - 1
     starts = ends - [len(history) for history in histories]
     return Queries(items, starts, ends, np.arange(len(histories)))
+
+
+def assemble(found: Pieces, histories: Queries, max_history: int, rows: np.ndarray) -> dict:
+    """A batch of prompts for samples of their own."""
+    return prompts.assemble(found, prompts_of(histories, max_history, "instance"), rows)
+
+
+def prompt_lengths(rows: np.ndarray) -> np.ndarray:
+    return prompts_of(queries(), 4, "instance").lengths(pieces())[rows]
 
 
 def by_hand(tokenizer, titles, history, max_history, max_title_tokens) -> tuple[list[int], list]:
@@ -58,7 +69,6 @@ def test_prompts_equal_those_put_together_by_hand(histories, max_history, max_ti
         ids, slots = by_hand(tokenizer, NASTY, history, max_history, max_title_tokens)
         padding = [0] * (width - len(ids))
         assert batch["ids"][row].tolist() == ids + padding
-        assert batch["lengths"][row] == len(ids)
         assert batch["readout"][row] == row * width + len(ids) - 1
         kept = history[-max_history:]
         here = slice(slot, slot + len(kept))
@@ -67,7 +77,7 @@ def test_prompts_equal_those_put_together_by_hand(histories, max_history, max_ti
         assert batch["slot_items"][here].tolist() == kept
         slot += len(kept)
     assert slot == len(batch["slot_items"]) == len(batch["slot_positions"])
-    assert width == max(batch["lengths"])
+    assert width == batch["lengths"].max()
 
 
 def test_truncation_drops_the_oldest_and_keeps_instruction_and_cue():
@@ -96,8 +106,10 @@ def test_a_long_title_keeps_its_first_tokens():
 
 def test_prompt_lengths_foretell_the_prompts():
     rows = np.arange(len(queries()))
-    foretold = prompts.prompt_lengths(pieces(), queries(), 4, rows)
-    assert foretold.tolist() == assemble(pieces(), queries(), 4, rows)["lengths"].tolist()
+    batch = assemble(pieces(), queries(), 4, rows)
+    width = batch["ids"].shape[1]
+    ends = batch["readout"] - torch.arange(len(rows)) * width
+    assert prompt_lengths(rows).tolist() == (ends + 1).tolist()
 
 
 def test_a_padding_id_inside_a_history_is_an_error():
@@ -112,7 +124,8 @@ def test_counts_and_targets_describe_the_rows():
     assert batch["rows"].tolist() == rows.tolist()
     assert batch["targets"].tolist() == queries().targets[rows].tolist()
     assert batch["samples"] == 3
-    assert batch["tokens"] == batch["lengths"].sum()
+    assert batch["tokens"] == prompt_lengths(rows).sum()
+    assert batch["lengths"].tolist() == prompt_lengths(rows).tolist()
     assert batch["padded_tokens"] == batch["ids"].numel()
 
 
@@ -120,7 +133,7 @@ def test_counts_and_targets_describe_the_rows():
 
 
 def plan(seed: int | None, batch_size: int = 8) -> list[np.ndarray]:
-    return PromptBatches(pieces(), queries(), 4, batch_size, seed).plan
+    return list(plans.plan(prompt_lengths(slice(None)), "grouped", batch_size, seed).batches)
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
@@ -137,16 +150,15 @@ def test_the_seed_decides_the_training_order_and_evaluation_has_one():
     assert (same != other).any()
     one, two = ({tuple(sorted(rows)) for rows in plan(seed)} for seed in (0, 1))
     assert len(one & two) < len(one) / 2  # which samples meet in a batch is drawn too
-    lengths = prompts.prompt_lengths(pieces(), queries(), 4, np.concatenate(plan(None)))
+    lengths = prompt_lengths(np.concatenate(plan(None)))
     assert (np.diff(lengths) <= 0).all()  # longest first: memory is at its peak at once
 
 
 def test_training_batches_are_grouped_by_length_but_in_random_order():
-    many = PromptBatches(pieces(), queries(), 4, 8, 0)
-    tokens = [(b["tokens"], b["padded_tokens"]) for b in (many[i] for i in range(len(many)))]
-    real, padded = np.array(tokens).T
-    assert 1 - real.sum() / padded.sum() < 0.15
-    longest = [many[i]["ids"].shape[1] for i in range(len(many))]
+    batches = [prompt_lengths(rows) for rows in plan(0)]
+    padded = sum(len(each) * each.max() for each in batches)
+    assert 1 - sum(each.sum() for each in batches) / padded < 0.05
+    longest = [each.max() for each in batches]
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -65,7 +66,25 @@ ALONE = {"world_size": 1, "backend": None, "strategy": "SingleDeviceStrategy"}
 TWO_RANKS = {"world_size": 2, "backend": "gloo", "strategy": "DDPStrategy"}
 EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "", "expandable_segments": True, "max_split_size": -1}
 
+
 # setting, value, facts that agree, then facts of a setting that did not reach the model.
+def gates(**seen: int) -> dict[str, Any]:
+    """Sixteen prompts with a gate each on all tokens, but for what is given."""
+    usual = {"prompts": 16, "answers": 16, "tokens": 900, "gated_tokens": 900, "gates": 16}
+    return {"gate_use": usual | seen}
+
+
+def batches(rows: int = 16, inside: float = 0.0) -> dict[str, Any]:
+    """Five batches of sixteen prompts, and how much of a variance of 0.2 lies inside them."""
+    return gates() | {
+        "inputs_embeds": {"shape": [rows, 80, 128], "dtype": "float32"},
+        "attention_mask": {"shape": [rows, 1, 80, 80], "dtype": "bool"} if rows < 16 else None,
+        "batch_shapes": 5 if rows == 16 else 1,
+        "prompt_batches": 5,
+        "length_variance": {"all": 0.2, "inside": inside},
+    }
+
+
 CASES = [
     ("train.precision", "fp32", FP32, BF16_MIXED | FP32 | {"autocast_dtype": "bfloat16"}),
     ("train.precision", "fp32", FP32, FP32 | {"gemm_dtypes": {"float32": 40, "bfloat16": 1}}),
@@ -171,6 +190,17 @@ CASES = [
         {"gpu_kernels": FLASH_ATTN},
         FLASH | {"gpu_kernels": TORCH_FLASH},
     ),
+    ("teacher.mode", "instance", gates(), gates(gates=40, answers=90)),
+    ("teacher.mode", "instance", gates(), gates(gated_tokens=100)),
+    ("teacher.mode", "causal", gates(gates=40, answers=90), gates()),
+    ("teacher.mode", "causal", gates(gates=40), gates(gates=40, gated_tokens=100)),
+    ("teacher.mode", "tail", gates(gates=40, gated_tokens=100), gates(gates=40)),
+    ("data.batching", "grouped", batches(inside=0.02), batches(inside=0.19)),
+    ("data.batching", "grouped", batches(inside=0.02), batches(rows=2)),
+    ("data.batching", "padded", batches(inside=0.19), batches(inside=0.02)),
+    ("data.batching", "packed", batches(rows=2), batches(inside=0.02)),
+    # Several prompts in a row that nothing keeps apart.
+    ("data.batching", "packed", batches(rows=2), batches(rows=2) | {"attention_mask": None}),
     ("teacher.gradient_checkpointing", True, TWICE, ONCE),
     ("teacher.gradient_checkpointing", False, ONCE, TWICE),
     ("teacher.gradient_checkpointing", None, ONCE, TWICE),

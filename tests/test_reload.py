@@ -126,9 +126,9 @@ def test_models_are_compared_on_the_users_all_of_them_ranked(chain):
 
 def test_a_short_trial_takes_the_longest_prompts_and_histories():
     most = Settings().teacher.max_history
-    lengths = prompts.prompt_lengths(pieces(), queries(), most, np.arange(len(queries())))
-    few = prompts.longest(pieces(), queries(), most, 10)
-    chosen = prompts.prompt_lengths(pieces(), few, most, np.arange(10))
+    lengths = prompts.prompts_of(queries(), most, "instance").lengths(pieces())
+    few = prompts.longest(pieces(), queries(), most, "instance", 10)
+    chosen = prompts.prompts_of(few, most, "instance").lengths(pieces())
     assert chosen.tolist() == sorted(lengths, reverse=True)[:10]
     asked = []
 

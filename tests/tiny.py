@@ -7,7 +7,8 @@ import torch
 
 from core import data, llm, prompts
 from core.data import Prepared
-from core.prompts import Pieces
+from core.plan import GatedPrompts, Plan
+from core.prompts import Pieces, gate_queries, prompts_of
 from core.ranking import Queries
 from core.sasrec import SASRec
 from core.settings import (
@@ -18,7 +19,7 @@ from core.settings import (
     TeacherSettings,
     TrainSettings,
 )
-from core.teacher import GatedPrompts, Teacher, encoder_states
+from core.teacher import Teacher, encoder_states
 
 CPU = torch.device("cpu")
 FAMILIES = ("tiny", "tiny-llama", "tiny-qwen2")
@@ -84,14 +85,19 @@ def activate(model: Teacher) -> None:
     weight.mul_(8)
 
 
+def batches(model: Teacher, given: Settings, batch_size: int, **options) -> GatedPrompts:
+    """All training samples in batches as the settings ask for them."""
+    asked = prompts_of(queries(), given.teacher.max_history, given.teacher.mode)
+    states = encoder_states(model.encoder, gate_queries(asked))
+    options = {"batching": given.data.batching} | options
+    return GatedPrompts(states, pieces(), asked, batch_size, **options)
+
+
 def batch(model: Teacher, given: Settings, rows: list[int] | np.ndarray) -> dict:
-    """One gated batch of the chosen training samples."""
-    states = encoder_states(model.encoder, queries())
-    batches = GatedPrompts(
-        states, pieces(), queries(), given.teacher.max_history, batch_size=len(rows)
-    )
-    batches.plan = [np.asarray(rows)]
-    return batches[0]
+    """One gated batch of the chosen training samples, or prompts where one answers many."""
+    found = batches(model, given, len(rows), batching="grouped")
+    found.plan = Plan([np.asarray(rows)])
+    return found[0]
 
 
 def close(a, b, tolerance: float = 1e-5) -> bool:

@@ -7,14 +7,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bench.proofs import SCORING_STAGES, acts_in
-from bench.proving.model_proofs import PACKED
+from bench.proving.model_proofs import PACKED, mode_of
 
 Record = Mapping[str, Any]
 Change = tuple[Any, Any]
 """(the baseline's value, the cell's) of a setting."""
 
 # Shapes follow the first batch, so whatever chooses or cuts rows rightly changes them.
-SHAPES = frozenset({"inputs_embeds.shape", "attention_mask", "attention_mask.shape"})
+SHAPES = frozenset({"inputs_embeds.shape", "attention_mask", "attention_mask.shape"}) | {
+    "batch_shapes",
+    "length_variance",
+}
 WEIGHT_TYPES = frozenset({"param_dtypes.trainable", "param_dtypes.frozen"})
 # What a setting rightly changes beside its own proof. Whatever else differs is a second difference.
 EXPECTED_FACTS: dict[str, frozenset[str]] = {
@@ -22,6 +25,8 @@ EXPECTED_FACTS: dict[str, frozenset[str]] = {
     | {"gemm_dtypes", "autocast_dtype", "float32_matmul_precision", "quant.compute_dtype"}
     | {"frozen_bytes", "inputs_embeds.dtype", "attention_mask.dtype"},
     "train.compile": SHAPES | {"compile.mode"},
+    "data.batching": SHAPES | {"attention_mask.dtype"},
+    "teacher.mode": SHAPES | {"attention_mask.dtype", "gate_use", "micro_batches"},
     # Packing is what 4-bit means; a change of the dtypes that stay unpacked is not.
     "teacher.adapter": frozenset({"layers_4bit", "adapted_4bit", "frozen_bytes"}),
     "teacher.bnb_4bit_use_double_quant": frozenset({"quant.double", "frozen_bytes"}),
@@ -82,6 +87,7 @@ LABELS = {
     "inputs_embeds.shape": "inputs of the backbone of shape",
     "inputs_embeds.dtype": "inputs of the backbone in",
     "cache": "keys and values kept:",
+    "gate_use": "mode of the teacher:",
     "compile.mode": "compilation:",
     "checkpoint_calls": "gradient checkpointing{by}: each layer runs",
 }
@@ -94,7 +100,8 @@ def second_differences(changed: Iterable[str], cell: Record, baseline: Record) -
     """
     expected = set(CONSEQUENCES)
     for name in changed:
-        expected |= SHAPES if name.startswith("data.") else EXPECTED_FACTS.get(name, frozenset())
+        expected |= SHAPES if name.startswith("data.") else frozenset()
+        expected |= EXPECTED_FACTS.get(name, frozenset())
     ours, theirs = compared(cell.get("facts") or {}), compared(baseline.get("facts") or {})
     found = []
     for name in sorted((ours.keys() & theirs.keys()) - expected):
@@ -128,6 +135,8 @@ def essence(name: str, value: Any) -> Any:
         return "none"
     if name in ("gemm_dtypes", "attention_ops", "trainable", "frozen"):
         return tuple(sorted(key for key, n in value.items() if n and key != PACKED))
+    if name == "gate_use":
+        return mode_of(value)
     if name == "checkpoint_calls" and value.get("forward"):
         return f"×{value.get('after_backward', 0) / value['forward']:g}"
     return value
@@ -144,6 +153,8 @@ def described(value: Any) -> str:
 
 # Where an effect must show: a bit-identical loss trace or byte-equal peak means nothing happened.
 EXPECTED_EFFECTS: dict[str, tuple[str, ...]] = {
+    "data.batching": ("losses",),
+    "teacher.mode": ("losses", "peak"),
     "train.precision": ("losses", "peak"),
     "teacher.adapter": ("losses", "peak"),
     "teacher.attn": ("losses",),

@@ -164,6 +164,10 @@ def prove_double_quant(value: bool, facts: Facts, settings: Settings) -> Proved:
     return Proved(quant.get("double") is value, requested, f"{seen} ({quant.get('quant_type')})")
 
 
+MIXED, ALIKE = 0.7, 1e-4
+"""Share of the variance of log lengths that lies inside batches whose prompts met at random (all of
+it but for chance; halves of a normal distribution hold 36 %); variance that tells nothing."""
+
 ATTENTION_OPERATORS = {
     "eager": "_softmax",
     "sdpa": "scaled_dot_product_attention",
@@ -261,3 +265,56 @@ def prove_compile(value: str, facts: Facts, settings: Settings) -> Proved:
     as_asked = seen.get("mode") == value and not seen.get("limit_reached") and not eager
     holds = [as_asked, ran != 0, None if ran is None or not steady else True]
     return Proved(together(holds), requested, observed)
+
+
+def prove_mode(value: str, facts: Facts, settings: Settings) -> Proved:
+    """Gates and answers of the observed batch, the gates told apart by the factors that were bound.
+
+    `tail` leaves the history without a gate; `causal` has more gates than prompts, `instance` as
+    many. Prompts that show one item alone look alike in both.
+    """
+    requested = {
+        "instance": "one gate for all tokens of a prompt",
+        "causal": "gates that change along a prompt",
+        "tail": "gates at the end of a prompt only",
+    }[value]
+    if missing(facts, "gate_use"):
+        return unknown(requested, "use of the gates")
+    seen = facts["gate_use"]
+    observed = f"{several(seen['answers'], 'answer')} of {several(seen['prompts'], 'prompt')}, "
+    observed += f"{several(seen['gates'], 'gate')} on {seen['gated_tokens']} of {seen['tokens']} "
+    return Proved(mode_of(seen) == value, requested, observed + "tokens")
+
+
+def mode_of(seen: Mapping[str, int]) -> str:
+    """The teacher's mode by the gates that were bound."""
+    if seen["gated_tokens"] < seen["tokens"]:
+        return "tail"
+    return "causal" if seen["gates"] > seen["prompts"] else "instance"
+
+
+def prove_batching(value: str, facts: Facts, settings: Settings) -> Proved:
+    """Prompts in a row of the observed batch; and whether the lengths of those that met differ less
+    than the lengths of all.
+    """
+    requested = {
+        "padded": "one prompt a row, lengths that meet at random",
+        "grouped": "one prompt a row, similar lengths together",
+        "packed": "several prompts a row, one shape",
+    }[value]
+    if name := missing(facts, "gate_use", "inputs_embeds", "batch_shapes"):
+        return unknown(requested, name)
+    rows, prompts = facts["inputs_embeds"]["shape"][0], facts["gate_use"]["prompts"]
+    shapes = facts["batch_shapes"]
+    observed = f"{several(prompts, 'prompt')} in {several(rows, 'row')}, {several(shapes, 'shape')}"
+    if rows != prompts or value == "packed":
+        masked = facts.get("attention_mask") is not None
+        return Proved(value == "packed" and rows != prompts and masked, requested, observed)
+    if (facts.get("prompt_batches") or 0) < 2 or missing(facts, "length_variance"):
+        return Proved(None, requested, f"{observed}; too few batches to tell how lengths meet")
+    variance = facts["length_variance"]
+    if variance["all"] < ALIKE:
+        return Proved(None, requested, f"{observed}; all prompts are about as long")
+    share = variance["inside"] / variance["all"]
+    observed += f"; {share:.0%} of the variance of lengths inside batches"
+    return Proved((value == "grouped") == (share < MIXED), requested, observed)

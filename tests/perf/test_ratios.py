@@ -67,10 +67,10 @@ def test_gated_adapters_against_an_expert_axis(timed):
     )
     x_BTD = torch.randn(users, tokens, width)
     gate_BK = torch.randn(users, experts).softmax(-1)
-    lengths_B = torch.full((users,), tokens)
+    gate_rows = torch.arange(users).repeat_interleave(tokens)
 
     def now() -> Tensor:
-        factors = ilora.token_factors(gate_BK, lengths_B, tokens, rank)
+        factors = ilora.token_factors(gate_BK, gate_rows, settings)
         with gate.bound(factors):
             y_BTD = model(x_BTD)
         y_BTD.square().mean().backward()
@@ -122,15 +122,16 @@ def test_states_of_prefixes_against_a_pass_for_each(timed):
 
 def test_prompts_of_a_batch_against_a_loop_over_tokens(timed):
     pieces, queries, rows = tiny.pieces(), tiny.queries(), np.arange(64)
+    asked = prompts.prompts_of(queries, 10, "instance")
 
     def now() -> dict:
-        return prompts.assemble(pieces, queries, 10, rows)
+        return prompts.assemble(pieces, asked, rows)
 
     def before() -> tuple[Tensor, list[int]]:
         return reference.prompts_by_row(pieces, queries, 10, rows)
 
     found, (ids, lengths) = now(), before()
-    assert torch.equal(found["ids"], ids) and found["lengths"].tolist() == lengths
+    assert torch.equal(found["ids"], ids) and found["tokens"] == sum(lengths)
     timed("prompts of a batch / loop over tokens", before, now)
 
 

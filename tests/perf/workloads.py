@@ -95,11 +95,8 @@ def _fit(work: Work, model: nn.Module, batches: Dataset, loss: Callable, optimiz
 def teacher_fit() -> Work:
     """Four micro-batches of the teacher, stepped by two: assembly, forward, backward, optimizer."""
     given = tiny.settings(lora_r=8, distill_lambda=0.1)
-    model, queries = tiny.teacher(given).train(), tiny.queries()
-    states = teaching.encoder_states(model.encoder, queries)
-    batches = teaching.GatedPrompts(
-        states, tiny.pieces(), queries, given.teacher.max_history, BATCH, seed=0, most=MICRO_BATCHES
-    )
+    model = tiny.teacher(given).train()
+    batches = tiny.batches(model, given, BATCH, seed=0, most=MICRO_BATCHES)
     # A rate that leaves the weights as they are: every run does the same arithmetic.
     optimizer = adamw(model.trainable(), lr=1e-30, weight_decay=0.0)
 
