@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from core.observe import Observer
 
 BACKEND = "inductor"
-# Batches are padded to their own longest row, so nearly each has another length. Seconds of
-# inductor for a tiny OPT on one core (training, evaluation, item embeddings; regional / whole):
-# True 40 / 37 with 3 graphs; None, which takes the first shapes for fixed ones, 58 / 58 with 5, and
-# the steps are no faster; False makes a graph for each length until the limit of 8 ends compiling.
+# Packed batches have one shape in training and one in scoring, and are compiled for those. Batches
+# of one prompt a row have nearly each another length; for them, inductor took for a tiny OPT on
+# one core (training, evaluation, item embeddings; regional / whole): True 40 / 37 s with 3 graphs;
+# None, which takes the first shapes for fixed ones, 58 / 58 with 5, and the steps are no faster;
+# False makes a graph for each length until the limit of 8 ends compiling.
 DYNAMIC = True
 REASONS, REASON_CHARACTERS = 5, 200
 LIMIT_MESSAGE = "torch._dynamo hit config."
@@ -36,8 +37,8 @@ class Execution:
     are other ones than eager's; all else agrees to rounding.
     """
 
-    def __init__(self, backbone: nn.Module, mode: str):
-        self.mode = mode
+    def __init__(self, backbone: nn.Module, mode: str, one_shape: bool = False):
+        self.mode, self.one_shape = mode, one_shape
         self.compiled_calls = 0
         """Calls into compiled graphs."""
         self.eager_calls = 0
@@ -69,8 +70,13 @@ class Execution:
         finally:
             self._plain = before
 
+    def any_shape(self) -> AbstractContextManager:
+        """Around forwards of other shapes than the batches': code for one shape is not for them."""
+        return self.uncompiled() if self.one_shape else nullcontext()
+
     def _switched(self, forward: Callable, compile_graph: Callable) -> Callable:
-        compiled = torch.compile(forward, backend=compile_graph, dynamic=DYNAMIC)
+        dynamic = DYNAMIC and not self.one_shape
+        compiled = torch.compile(forward, backend=compile_graph, dynamic=dynamic)
 
         @functools.wraps(forward)
         def run(*args: Any, **options: Any) -> Any:

@@ -64,7 +64,9 @@ class Teacher(nn.Module):
             for parameter in set(self.trainable()) - routed:
                 parameter.data = parameter.data.to(llm.WEIGHT_DTYPES[precision])
         self.cache = None
-        self.execution = Execution(self.backbone.get_base_model(), settings.train.compile)
+        one_shape = settings.data.batching == "packed"
+        backbone = self.backbone.get_base_model()
+        self.execution = Execution(backbone, settings.train.compile, one_shape)
         self._after_forward = {"gate_calls": 0, "first_layer_calls": 0}
         self._bound: tuple[Tensor, dict[str, int]] | None = None
 
@@ -333,7 +335,7 @@ def item_embeddings(teacher: Teacher, pieces: Pieces, batch_size: int = 256) -> 
         ids = np.where(
             real, pieces.tokens[np.where(real, pieces.starts[items][:, None] + columns, 0)], 0
         )
-        with teacher.backbone.disable_adapter():
+        with teacher.backbone.disable_adapter(), teacher.execution.any_shape():
             embeds = embed(torch.from_numpy(ids.astype(np.int64)).to(device))
             hidden = teacher.last_hidden(embeds).float().cpu()
         weight = torch.from_numpy(real / np.maximum(lengths, 1)[:, None]).float()

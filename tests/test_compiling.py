@@ -237,6 +237,25 @@ def gradients(model: teacher.Teacher, settings: Settings, batches: list[list[int
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_batches_are_compiled_once_for_their_shape(mode):
+    """And what has other shapes runs beside it, with equal answers."""
+    given = {"data": {"batching": "packed"}, "teacher": {"max_history": 4}}
+    settings = Settings.model_validate(given | {"student": tiny.STUDENT.model_dump()})
+    train = settings.train.model_copy(update={"compile": mode})
+    chosen = settings.model_copy(update={"train": train})
+    model, plain = tiny.teacher(chosen), tiny.teacher(settings)
+    observer = Observer()
+    with compiling.account(model.execution, observer), torch.no_grad():
+        batches = tiny.batches(model, chosen, 12, seed=0)
+        for batch in (batches[i] for i in range(len(batches))):
+            assert tiny.close(model.read_out(batch), plain.read_out(batch), 1e-4)
+        teacher.item_embeddings(model, tiny.pieces())
+    facts = observer.facts["compile"]
+    assert (facts["graphs"], facts["recompiles"], facts["eager_calls"]) == (1, 0, 0)
+    assert facts["compiled_calls"] == len(batches) * (LAYERS if mode == "regional" else 1)
+
+
 def test_compiled_checkpointing_keeps_less_for_the_backward(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager_decomp_partition")
     monkeypatch.setattr(compiling, "DYNAMIC", False)  # sooner compiled
