@@ -92,19 +92,45 @@ def top_k(scores_BV1: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def best(scores_BV1: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`top_k` with nothing read back from the device: the caller checks that scores are finite.
-
-    `torch.topk` returns tied items in any order, so it is given keys without ties: the upper half
-    of an int64 is the score, as an integer of the same order; the lower half falls with the id.
-    """
+    """`top_k` with nothing read back from a device: the caller checks that scores are finite."""
     scores_BV = scores_BV1[:, 1:].float()
+    find = best_columns_on_host if scores_BV.device.type == "cpu" else best_columns_by_keys
+    column_BK = find(scores_BV, k)
+    return column_BK + 1, scores_BV.gather(1, column_BK)
+
+
+def best_columns_by_keys(scores_BV: Tensor, k: int) -> Tensor:
+    """Columns of the k best, (B, K), score descending, then column ascending.
+
+    `torch.topk` returns tied items in any order, so the search is for keys without ties: the upper
+    half of an int64 is the score, as an integer of the same order; the lower half falls with the
+    column.
+    """
     bits_BV = (scores_BV + 0.0).view(torch.int32)  # adding makes -0.0 the equal of 0.0
     # IEEE 754: as integers, positive floats are in order and negative ones in reverse.
     order_BV = bits_BV.bitwise_xor_((bits_BV >> 31).bitwise_and_(0x7FFFFFFF))
-    columns_V = torch.arange(scores_BV.shape[1], 0, -1, device=scores_BV.device)
-    keys_BV = order_BV.long().mul_(1 << 32).add_(columns_V)
-    column_BK = keys_BV.topk(k, dim=1).indices
-    return column_BK + 1, scores_BV.gather(1, column_BK)
+    falling_V = torch.arange(scores_BV.shape[1], 0, -1, device=scores_BV.device)
+    return order_BV.long().mul_(1 << 32).add_(falling_V).topk(k, dim=1).indices
+
+
+def best_columns_on_host(scores_BV: Tensor, k: int) -> Tensor:
+    """The same for scores in the host's memory, where numpy's vectorised partition finds the k-th
+    score several times quicker: the items above it are taken, then its ties from the left.
+    """
+    scores = scores_BV.numpy()
+    kth_B = np.partition(scores, scores.shape[1] - k, axis=1)[:, -k]
+    # So written, NaN is no exception. A flat search is ten times quicker than one for pairs.
+    rows, columns = np.divmod(np.flatnonzero(~(scores < kth_B[:, None])), scores.shape[1])
+    above = scores[rows, columns] > kth_B[rows]
+    wanted_B = k - np.bincount(rows[above], minlength=len(scores))
+    first_B = np.searchsorted(rows, np.arange(len(scores)))
+    ties = np.cumsum(~above)
+    before_B = ties[first_B] - ~above[first_B]
+    taken = above | (ties - before_B[rows] <= wanted_B[rows])
+    # Row by row, columns ascending, which the stable sort keeps.
+    column_BK = columns[taken].reshape(-1, k)
+    order = (-np.take_along_axis(scores, column_BK, axis=1)).argsort(axis=1, kind="stable")
+    return torch.from_numpy(np.take_along_axis(column_BK, order, axis=1))
 
 
 def summary(ranks_N: Tensor, top_k: Sequence[int]) -> Figures:

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.metrics import best, paired_difference, rank, summary, top_k
+from core.metrics import (
+    best,
+    best_columns_by_keys,
+    best_columns_on_host,
+    paired_difference,
+    rank,
+    summary,
+    top_k,
+)
 
 FEW_SCORES = st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 0.25, 1.0, 7.0])
 
@@ -90,9 +98,20 @@ def test_best_equals_a_stable_sort(seed, items, levels, data):
     scores = scores * 10.0 ** data.draw(st.integers(-44, 37))  # subnormal to huge
     k = data.draw(st.integers(1, items))
     wanted = (scores[:, 1:] + 0.0).sort(dim=1, descending=True, stable=True)
+    for find in (best_columns_by_keys, best_columns_on_host):
+        assert torch.equal(find(scores[:, 1:], k), wanted.indices[:, :k]), find
     ids_BK, best_BK = best(scores, k)
     assert torch.equal(ids_BK, wanted.indices[:, :k] + 1)
     assert torch.equal(best_BK, wanted.values[:, :k])
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_best_leaves_scores_that_are_not_finite_to_its_caller(bad):
+    scores = torch.randn(3, 8)
+    scores[1, 2:] = bad
+    ids_BK, best_BK = best(scores, 4)
+    assert ids_BK.shape == best_BK.shape == (3, 4)
+    assert torch.equal(ids_BK[[0, 2]], best(scores[[0, 2]], 4)[0])
 
 
 def test_a_single_item_with_a_non_finite_score_is_refused():
