@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,9 @@ def prepare_data(work: Work) -> None:
     """Read the ratings and cut them leave-one-out."""
     with work.observer.phase("data"):
         shutil.rmtree(work.folder / "split", ignore_errors=True)
-        prepared = data.prepare(work.settings.data)
-        data.save(prepared, work.folder / "split")
+        with TemporaryDirectory(dir=work.folder) as scratch:
+            prepared = data.prepare(work.settings.data, Path(scratch))
+            data.save(prepared, work.folder / "split")
     work.observer.facts.update(cut=prepared.cut, data_digest=prepared.digest)
 
 
