@@ -36,6 +36,7 @@ from core.observe import Observer
 from core.overlap import Overlapped
 from core.plan import GatedPrompts
 from core.sasrec import SASRec
+from core.states import encoder_states
 
 PROBE = "probe.npy"
 """Beside the checkpoints of a short trial: what the model said when it had written them."""
@@ -196,7 +197,7 @@ def _teacher_fit(work: Work, group: ranks.Group) -> None:
     with observer.phase("set_up"):
         queries = _training_queries(work, prepared, pieces, _micro_batches(work) * train.batch_size)
         asked = prompts.prompts_of(queries, settings.teacher.max_history, settings.teacher.mode)
-        states = teacher.encoder_states(model.encoder, prompts.gate_queries(asked))
+        states = encoder_states(model.encoder, prompts.gate_queries(asked))
         optimizer = adamw(model.trainable(), train.lr, train.weight_decay)
 
     def batches(epoch: int) -> GatedPrompts:

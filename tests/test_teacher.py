@@ -13,7 +13,7 @@ from perf.counters import Operators
 from tiny import FAMILIES, close, encoder, pieces, prepared, queries
 from transformers import AutoConfig, AutoModel
 
-from core import item_scores, teacher
+from core import item_scores, states, teacher
 from core.config import InputError
 from core.lightning import fit_lightning
 from core.loop import Fit, adamw, autocast, fit_loop
@@ -408,7 +408,7 @@ def test_encoder_states_equal_one_history_at_a_time(batch_size, which):
     asked = queries() if which == "train" else held_out(prepared(), which)
     assert (asked.lengths > model.max_length).any()
     assert (asked.lengths < model.max_length).any()
-    found = teacher.encoder_states(model, asked, batch_size)
+    found = states.encoder_states(model, asked, batch_size)
     assert not found.requires_grad
     for row in range(len(asked)):
         items, lengths = asked.newest(np.array([row]), model.max_length)
@@ -420,7 +420,7 @@ def test_encoder_states_run_one_row_for_many_prefixes(monkeypatch):
     model, rows = encoder(), []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda x: rows.append(len(x)) or forward(x))
-    teacher.encoder_states(model, queries())
+    states.encoder_states(model, queries())
     windows = np.maximum(queries().lengths - model.max_length, 0)
     assert sum(rows) == len(set(zip(queries().users, windows, strict=True)))
     assert sum(rows) < 0.7 * len(queries())
@@ -487,9 +487,9 @@ def test_scores_above_the_budget_come_in_parts(reference, monkeypatch):
 
 def test_states_are_made_once_for_a_split_and_anew_for_other_weights_or_queries(monkeypatch):
     made = []
-    compute = teacher.encoder_states
+    compute = states.encoder_states
     monkeypatch.setattr(
-        teacher, "encoder_states", lambda *given: made.append(given) or compute(*given)
+        states, "encoder_states", lambda *given: made.append(given) or compute(*given)
     )
     model, kept = encoder(), teacher.States()
     first, again = (kept.of(model, held_out(prepared(), "validation")) for _ in range(2))
@@ -509,12 +509,12 @@ def test_states_are_made_once_for_a_split_and_anew_for_other_weights_or_queries(
 @torch.no_grad()
 def test_shuffled_training_batches_carry_their_own_rows(reference):
     model, wanted = reference
-    states = teacher.encoder_states(model.encoder, queries())
+    wanted_states = states.encoder_states(model.encoder, queries())
     batches = tiny.batches(model, tiny.settings(), 7, seed=3, most=5)
     assert len(batches) == 5
     for index in range(len(batches)):
         batch = batches[index]
-        assert torch.equal(batch["states"], states[batch["rows"]])
+        assert torch.equal(batch["states"], wanted_states[batch["rows"]])
         found = model.read_out(batch)
         for i, row in enumerate(batch["rows"].tolist()):
             assert batch["targets"][i] == wanted[row][0]
