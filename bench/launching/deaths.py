@@ -226,13 +226,26 @@ def stage_problem(line: dict[str, Any]) -> str | None:
             return f"{line['stage']}: {name} is {type(line.get(name)).__name__}"
     if line["status"] != "ok":
         return f"{line['stage']}: status {line['status']} although the process claims success"
-    figures = [*line["phases"].values(), *line["losses"]]
+    spent, ranks = [*line["phases"].values()], line.get("ranks") or []
     for step in line["steps"]:
-        figures += [step.get(n) for n in ("seconds", "samples")] if isinstance(step, dict) else [""]
-    if not all(isinstance(figure, int | float) for figure in figures):
-        return f"{line['stage']}: a phase, loss or step is no figure"
-    found = nonfinite(line)
-    return f"{line['stage']}: {found}" if found else None
+        spent += [step.get(n) for n in ("seconds", "samples")] if isinstance(step, dict) else [""]
+    if not all(isinstance(figure, int | float) for figure in [*spent, *line["losses"], *ranks]):
+        return f"{line['stage']}: a phase, loss, rank or step is no figure"
+    if found := nonfinite(line) or _impossible(line, [*spent, *ranks]):
+        return f"{line['stage']}: {found}"
+    return None
+
+
+def _impossible(line: Mapping[str, Any], counted: Sequence[float]) -> str | None:
+    """What no clock and no count can show; `counted`: figures that are never below 0."""
+    if line["wall_s"] <= 0:
+        return f"wall_s is {line['wall_s']}"
+    if counted and min(counted) < 0:
+        return f"a phase, rank or step is {min(counted)}, below 0"
+    rows, samples = line["counts"].get("rows"), sum(step["samples"] for step in line["steps"])
+    if isinstance(rows, int) and samples > rows:
+        return f"its steps hold {samples} samples, its counts {rows} rows"
+    return None
 
 
 def failed_stage(job: Job, events: Events) -> str:

@@ -38,7 +38,7 @@ def quality_table(rows: Sequence[Quality], say: Words) -> str:
 
 def guard(calls: Sequence[str], say: Words) -> str:
     """The worst call of a cell's metrics in words."""
-    worst = next((c for c in ("worse", "open", "not worse") if c in calls), None)
+    worst = next((c for c in ("worse", "missing", "open", "not worse") if c in calls), None)
     return say(f"guard.{worst.replace(' ', '_')}") if worst else "–"
 
 
@@ -47,7 +47,7 @@ def quality_cells(row: Quality | None, say: Words) -> list[str]:
     if row is None:
         return ["–", "–"]
     if row.difference is None or row.low is None:
-        return [f"{row.value:.4f}", "–"]
+        return ["–" if math.isnan(row.value) else f"{row.value:.4f}", "–"]
     known = math.isfinite(row.low)
     bounds = f" ({signed(row.low)}{say('to')}{signed(row.high)})" if known else ""
     return [f"{row.value:.4f}", f"{signed(row.difference)}{bounds}"]
