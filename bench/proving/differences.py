@@ -44,7 +44,7 @@ EXPECTED_FACTS: dict[str, frozenset[str]] = {
     "train.trainer": frozenset({"trainer", "lightning_imported"}),
     # Each process sees its own rows of a batch.
     "train.devices": SHAPES | {"world_size", "backend", "strategy"},
-    "train.strategy": frozenset({"strategy"}),
+    "train.strategy": frozenset({"strategy", "frozen_here"}),
     "machine.image": frozenset({"image", "torch_cuda"}),
     "machine.allocator_conf": frozenset({"allocator_settings", "env"}),
     "machine.env": frozenset({"allocator_settings", "env"}),
