@@ -168,8 +168,10 @@ def process_records(cell: Cell, block: int) -> list[dict[str, Any]]:
             break
         found.append(ok_record(cell, block, stage))
     start_up = 4.2 * math.exp(0.02 * noise(cell.name, block, "start-up").gauss(0, 1))
-    whole = start_up + math.fsum(record["wall_s"] for record in found)
-    return [record | {"process_wall_s": whole} for record in found]
+    whole = {"process_wall_s": start_up + math.fsum(record["wall_s"] for record in found)}
+    shares = {"start_up": 0.1, "imports": 0.7, "device": 0.1, "between_stages": 0, "tear_down": 0.1}
+    whole["process_phases"] = {name: share * start_up for name, share in shares.items()}
+    return [record | whole for record in found]
 
 
 def head(cell: Cell, block: int, stage: str, status: str) -> dict[str, Any]:

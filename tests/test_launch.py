@@ -404,6 +404,39 @@ def test_a_stage_line_must_be_whole(
     assert problem in str(deaths.stage_problem(line | change))
 
 
+CLOCK = {"begun_s": 100.5, "imported_s": 103.0, "ready_s": 103.2}
+
+
+def test_a_process_adds_up_with_its_stages() -> None:
+    stages = [{"stage": "teacher_fit", "wall_s": 4.0}, {"stage": "teacher_test", "wall_s": 1.0}]
+    events = Events(start={"clock": CLOCK}, stages=stages, ended=True, ended_s=108.5)
+    found = deaths.process_phases(events, 100.0, 108.9)
+    assert found == pytest.approx(
+        {
+            "start_up": 0.5,
+            "imports": 2.5,
+            "device": 0.2,
+            "between_stages": 0.3,
+            "tear_down": 0.4,
+        }
+    )
+    assert sum(found.values()) + 5.0 == pytest.approx(8.9)
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        Events(ended=True, ended_s=108.5),
+        Events(start={"clock": CLOCK}, ended=True),
+        Events(start={"clock": CLOCK | {"ready_s": "soon"}}, ended=True, ended_s=108.5),
+        Events(start={"clock": CLOCK | {"begun_s": 7.0}}, ended=True, ended_s=108.5),
+    ],
+    ids=["none told", "no end told", "no number", "another machine's clock"],
+)
+def test_without_sound_times_a_process_has_no_phases(events: Events) -> None:
+    assert deaths.process_phases(events, 100.0, 108.9) == {}
+
+
 def test_twice_the_same_stage_is_bad_output_and_kept_once(job: Job) -> None:
     fit = {"stage": "teacher_fit"} | records.empty_record("teacher_fit", "ok", None)
     fit |= {"started": "now", "wall_s": 1.0}
