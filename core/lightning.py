@@ -54,9 +54,11 @@ def fit_lightning(fit: Fit, observer: Observer) -> None:
             # In fp16 the first steps are left out until the scale fits; that is no mistake.
             warnings.filterwarnings("ignore", message=".*before `optimizer.step.*")
             trainer.fit(shell)
-    if not fit.group.rank:
-        with observer.phase("checkpoint"):
-            fit.save("last")
+        if not fit.group.rank:
+            with observer.phase("checkpoint"):
+                fit.save("last")
+        if fit.group.sharded and fit.group.asked_after:
+            sharding.make_whole(trainer.strategy.parts)  # last: reading a state divides it again
 
 
 class Shell(pl.LightningModule):
@@ -129,10 +131,6 @@ class Shell(pl.LightningModule):
             self.fit, self.current_epoch, self.first_step, self.best, self.observer
         )
         self.trainer.should_stop |= self.agree(stop)
-
-    def on_fit_end(self) -> None:
-        if self.fit.group.sharded and self.fit.group.asked_after:
-            sharding.make_whole(self.trainer.strategy.parts)
 
     def agree(self, stop: bool) -> bool:
         """Rank 0's decision, and its random state: its validation has drawn numbers, and the

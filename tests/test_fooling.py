@@ -351,3 +351,57 @@ def test_a_changed_matrix_joins_no_run(bench: Bench) -> None:  # noqa: F811
     assert done.returncode == 2
     assert "baseline was measured with other settings" in done.stderr
     assert (folder / "records.jsonl").read_bytes() == before
+
+
+# ---- memory of others
+
+
+def with_device(record: Record, baseline_bytes: int, beside_bytes: int = 0) -> Record:
+    held = record["memory"]["torch_reserved_peak_bytes"]
+    over = held + (400 << 20) + beside_bytes
+    memory = {
+        "device_baseline_bytes": baseline_bytes,
+        "device_peak_bytes": baseline_bytes + over,
+        "device_delta_peak_bytes": over,
+    }
+    facts = {"name": "GPU-1", "source": "NVML memory v2", "samples": 20, "longest_gap_s": 0.1}
+    return record | {"memory": record["memory"] | memory, "device": facts}
+
+
+def test_memory_that_a_worker_leaves_behind_reaches_the_report() -> None:
+    records = [with_device(r, (1 << 30) * (1 + (r["block"] > 2))) for r in small_records()]
+    told = [text for text in texts(small(records)).splitlines() if "not given back" in text]
+    assert told == [
+        f"device GPU-1: 2.00 GiB in use before baseline repeat 4, 1.00 GiB before {BF16} repeat 3: "
+        "not given back, or of others"
+    ]
+    assert "not given back" not in texts(small([with_device(r, 1 << 30) for r in small_records()]))
+
+
+def test_a_neighbour_on_the_device_reaches_the_report() -> None:
+    records = [
+        with_device(r, 1 << 30, (2 << 30) * ((r["cell"], r["block"]) == (BF16, 2)))
+        for r in small_records()
+    ]
+    assert f"teacher_fit: 2.39 GiB of device memory beside torch's in {BF16} repeat 3" in texts(
+        small(records)
+    )
+
+
+def test_sentences_of_one_kind_do_not_flood_the_report() -> None:
+    coming_and_going = [
+        with_device(r, (1 << 30) * (1 + (r["block"] + (r["cell"] == BF16)) % 2))
+        for r in small_records()
+    ]
+    told = texts(small(coming_and_going))
+    assert told.count("not given back") == 3
+    assert "further ones of this kind: " in told
+
+    def undersampled(record: Record) -> Record:
+        found = with_device(record, 1 << 30)
+        return found | {"device": found["device"] | {"samples": record["block"]}}
+
+    lines = texts(small([undersampled(record) for record in small_records()])).splitlines()
+    found = [line for line in lines if "undersampled" in line]
+    assert len(found) == len(SMALL.stages), "one line a stage, whatever their figures"
+    assert all("(10 records)" in line for line in found)
