@@ -272,24 +272,21 @@ def steps_against_stage(
     """
     keys = {cell.name: cell.key for cell in cells}
     walls = {(r["key"], r["stage"], r["block"]): r["wall_s"] for r in ok}
-    found = []
+    found: dict[str, list[str]] = {}
     for stage, rows in tables.items():
         for row in (one for one in rows if one.unit == "step" and one.call in OF_STEPS):
-            ours = {
-                b: wall for (k, s, b), wall in walls.items() if (k, s) == (keys[row.cell], stage)
-            }
             pairs = [
                 (wall, walls[keys[BASELINE], stage, block])
-                for block, wall in ours.items()
-                if (keys[BASELINE], stage, block) in walls
+                for (key, of, block), wall in walls.items()
+                if (key, of) == (keys[row.cell], stage) and (keys[BASELINE], stage, block) in walls
             ]
             effect = paired(*zip(*pairs, strict=True))
             whole, _ = decide(effect, floor)
             if whole in ("faster", "slower") and whole != row.call:
-                text = f"{row.cell}: {row.call} by the steps of {stage}, {whole} as a whole stage"
-                ratio = f" (ratio {math.exp(effect.mean):.3f})"
-                found.append(Finding(text + ratio, STEPS_LEAVE_OUT))
-    return found
+                ratio = f"{stage} (whole stage {math.exp(effect.mean):.3f}, steps {row.ratio:.3f})"
+                text = f"{row.cell}: {whole} as a whole stage, though not by its steps"
+                found.setdefault(text, []).append(ratio)
+    return [Finding(f"{text}: {'; '.join(of)}", STEPS_LEAVE_OUT) for text, of in found.items()]
 
 
 def copied(ok: Sequence[Record]) -> list[Finding]:

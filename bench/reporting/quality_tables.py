@@ -24,16 +24,16 @@ def quality_table(rows: Sequence[Quality], say: Words) -> str:
     for row in rows:
         by_cell.setdefault(row.cell, {})[row.metric] = row
     metrics = list(dict.fromkeys(row.metric for row in rows))
-    head = [say("head.cell")]
+    head = [say("head.cell"), say("head.guard")]
     for metric in metrics:
         head += [say.foreign(metric), say("head.difference")]
     lines = []
     for cell, found in by_cell.items():
-        line = [named(cell)]
+        line = [named(cell), guard([q.call for q in found.values()], say)]
         for metric in metrics:
             line += quality_cells(found.get(metric), say)
-        lines.append([*line, guard([q.call for q in found.values()], say)])
-    return table([*head, say("head.guard")], lines)
+        lines.append(line)
+    return table(head, lines)
 
 
 def guard(calls: Sequence[str], say: Words) -> str:
