@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.judging.judgement import BASELINE, Verdict
 from bench.reporting.strings import Words
-from bench.reporting.tables import call
+from bench.reporting.tables import call, interval
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -93,7 +93,7 @@ def ratio_chart(rows: Sequence[Verdict], floor: float, say: Words) -> Figure:
     ratio_axis(axes, *ends)
     axes.set_ylim(sum(heights), 0)
     axes.set_yticks(places, labels)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=7)  # an arrow fits in
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.set_xlabel(say("chart.ratio", floor=f"{100 * floor:g}"))
@@ -129,7 +129,7 @@ def draw_row(axes: Any, row: Verdict, place: float, ends: tuple[float, float], s
         ):
             if leaves:
                 axes.plot(end, place, arrow, color="black", markersize=5, clip_on=False)
-        words += f" [{row.low:.3f}, {row.high:.3f}]"
+        words += f" [{interval(row.low, row.high, ', ')}]"
     axes.text(1.03, place, f"{words}  {row.call}", color=colour, **beside)
 
 

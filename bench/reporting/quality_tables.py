@@ -49,7 +49,7 @@ def quality_cells(row: Quality | None, say: Words) -> list[str]:
     if row.difference is None or row.low is None:
         return ["–" if math.isnan(row.value) else f"{row.value:.4f}", "–"]
     known = math.isfinite(row.low)
-    bounds = f" ({signed(row.low)}{say('to')}{signed(row.high)})" if known else ""
+    bounds = f"<br>({signed(row.low)}{say('to')}{signed(row.high)})" if known else ""
     return [f"{row.value:.4f}", f"{signed(row.difference)}{bounds}"]
 
 
