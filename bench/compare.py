@@ -104,9 +104,10 @@ def violations(found: Comparison, rule: Rule) -> list[str]:
             if ours > theirs * (1 + threshold)
         ]
     return [
-        f"quality: {one.cell}, {one.stage}, {one.metric}: {signed(one.difference)}"
+        f"quality: {one.cell}, {one.stage}, {one.metric}: "
+        + (signed(one.difference) if one.call == "worse" else "not comparable")
         for one in found.quality
-        if one.call == "worse"
+        if one.call in ("worse", "missing")
     ]
 
 

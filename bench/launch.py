@@ -16,7 +16,15 @@ from typing import Any, Protocol
 
 from bench.launching import keeper
 from bench.launching.containers import Container, Ended, passed_on, without_advice
-from bench.launching.deaths import Events, Job, failed_stage, name_death, read_events, sound_lines
+from bench.launching.deaths import (
+    Events,
+    Job,
+    failed_stage,
+    name_death,
+    process_phases,
+    read_events,
+    sound_lines,
+)
 from bench.launching.limits import Watch
 from bench.launching.texts import full_disk
 from bench.machine import UnfitMachine
@@ -64,6 +72,8 @@ class Outcome:
     """Node of a cluster it ran on; None = this machine."""
     lost: bool = False
     """The node went away while it ran."""
+    phases: Mapping[str, float] = field(default_factory=dict)
+    """Its seconds beside the stages, see `bench.launching.deaths.process_phases`."""
 
 
 class Interrupted(Exception):
@@ -107,6 +117,7 @@ def run_worker(
     status, reason = name_death(job, events, returncode, limit, oom_killed, tail)
     if status != "ok":
         refuse_full_disk(job.log.parent, reason, tail)
+    end_s = clock.monotonic()
     return Outcome(
         status=status,
         reason=reason,
@@ -114,10 +125,11 @@ def run_worker(
         stage_lines=tuple(as_launched(line, ended) for line in sound_lines(job, events)),
         process=process_of(events, ended),
         started=started,
-        wall_s=clock.monotonic() - begin_s,
+        wall_s=end_s - begin_s,
         log_tail=tail[-LOG_TAIL_LINES:],
         phase=events.phase if status != "ok" else None,
         launched=ended.launched,
+        phases=process_phases(events, begin_s, end_s) if status == "ok" else {},
     )
 
 
@@ -254,7 +266,8 @@ def stage_records(outcome: Outcome, identity: Record) -> list[Record]:
     `identity` holds matrix, cell, key, block and repeat.
     """
     head = {"schema": SCHEMA, **identity}
-    process = {"process_wall_s": outcome.wall_s, "image_digest": outcome.launched.get("digest")}
+    process = {"process_wall_s": outcome.wall_s, "process_phases": dict(outcome.phases)}
+    process |= {"image_digest": outcome.launched.get("digest")}
     if outcome.node:
         process |= {"node": outcome.node, "node_lost": outcome.lost}
     sound = [head | line | process for line in outcome.stage_lines]

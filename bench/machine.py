@@ -70,6 +70,8 @@ SECRETS = ("_TOKEN", "_KEY", "SECRET", "PASSWORD")
 
 LEAST_DISK_BYTES = 1 << 30
 LEAST_MEMORY_BYTES = 1 << 30
+SHARDING_TORCH = (2, 7)
+"""First version whose `fully_shard` takes `ignored_params`."""
 LEAST_CAPABILITY = (8, 0)
 """First CUDA capability with bfloat16 and TF32 products and FlashAttention-2 kernels (Ampere)."""
 
@@ -176,13 +178,21 @@ def _compile_problem(settings: Settings, machine: Mapping[str, Any], on_gpu: boo
 def _devices_problem(settings: Settings, machine: Mapping[str, Any], on_gpu: bool) -> str | None:
     """Several devices are GPUs, or any number of processes on a CPU."""
     wanted, found = settings.train.devices, len(machine["gpus"])
-    if settings.train.strategy == "fsdp":
-        return (
-            "train.strategy=fsdp: validation and checkpoints of this teacher need the whole "
-            "model in one process; ddp runs here"
-        )
+    if settings.train.strategy == "fsdp" and (problem := _sharding_problem(settings, machine)):
+        return f"train.strategy=fsdp: {problem}; ddp runs here"
     if on_gpu and wanted != "auto" and wanted > found:
         return f"train.devices={wanted}: this machine has {found} GPU{'s' * (found != 1)}"
+    return None
+
+
+def _sharding_problem(settings: Settings, machine: Mapping[str, Any]) -> str | None:
+    """Why the frozen weights cannot be divided among processes."""
+    if settings.teacher.adapter == "qlora":
+        # bitsandbytes then says "quant_state is required": the parts are plain tensors.
+        return "what torch gathers of a 4-bit weight has lost the constants of its blocks"
+    version = str(machine["packages"].get("torch") or "0")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < SHARDING_TORCH:
+        return f"torch {version} cannot leave the trained weights whole; 2.7 and newer can"
     return None
 
 

@@ -4,7 +4,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,11 @@ def finished(records: Iterable[Record], stages: Sequence[str]) -> set[Group]:
     for record in records:
         groups.setdefault(group_of(record), []).append(record)
     return {name for name, group in groups.items() if is_complete(group, stages)}
+
+
+def stranger(records: Iterable[Record], keys: Collection[str]) -> str | None:
+    """A cell that has records of other settings than any of `keys`; None where all belong."""
+    return next((record["cell"] for record in records if record["key"] not in keys), None)
 
 
 def empty_record(stage: str, status: str, reason: str | None) -> Record:

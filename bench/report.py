@@ -23,6 +23,7 @@ from bench.judging.quality import GAINS, LOSS_MARGIN, MARGIN
 from bench.matrix import Cell, Matrix, load_matrix
 from bench.profile import profiles
 from bench.profile.profiles import Profile
+from bench.records import stranger
 from bench.reporting import charts, index, largest_section, page
 from bench.reporting.appendix import best_settings, commands, cuts, listings, machine_table
 from bench.reporting.choice import chosen_by
@@ -81,8 +82,7 @@ def main(
 
 def refuse_other_settings(side: Side) -> None:
     """A report of records that belong to no cell would be one of nothing. Raises InputError."""
-    keys = {cell.key for cell in side.cells}
-    strange = next((r["cell"] for r in side.records if r["key"] not in keys), None)
+    strange = stranger(side.records, {cell.key for cell in side.cells})
     if strange is not None:
         raise InputError(
             f"{side.folder}: {strange} was measured with other settings than this version has; "

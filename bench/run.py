@@ -168,6 +168,8 @@ def run_at(
     here = site.brief()
     matrix = with_limit_of(matrix, here["has_gpu"])
     chosen = choose(cells(matrix, here["has_gpu"]), earlier["only"] if earlier else request.only)
+    if earlier is not None:
+        refuse_other_settings(run_folder(request), chosen)
     profiled = profiles.chosen(chosen, [*(earlier or {}).get("profile", ()), *request.profile])
     machine.refuse_useless_variables(chosen)
     on_gpu = any(cell.settings.machine.device != "cpu" for cell in chosen)
@@ -231,6 +233,18 @@ def run_at(
         status = interrupted(request, folder, console)
     console.print(str(report), markup=False, soft_wrap=True)
     return status
+
+
+def refuse_other_settings(folder: Path, chosen: Sequence[Cell]) -> None:
+    """Records of other settings would stand under the same names. Raises InputError."""
+    strange = records.stranger(
+        records.read(folder / "records.jsonl"), {cell.key for cell in chosen}
+    )
+    if strange is not None:
+        raise InputError(
+            f"{folder}: {strange} was measured with other settings than matrix.yaml has there now, "
+            "or than this version makes of it; start a new run"
+        )
 
 
 def interrupted(request: Request, folder: Path, console: Console) -> int:

@@ -108,12 +108,13 @@ def heartbeat(lines: Lines) -> Iterator[None]:
 
 
 def main() -> int:
+    begun_s = time.monotonic()
     cell = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with Path(cell["records"]).open("a", encoding="utf-8") as file:
         lines = Lines(file)
         try:
             with heartbeat(lines):
-                work(cell, lines)
+                work(cell, lines, begun_s)
         except Exception as error:  # the text becomes the record
             import traceback
 
@@ -126,7 +127,7 @@ def main() -> int:
                 reason=f"{type(error).__name__}: {error}",
             )
             return 1
-        lines.write("end", time_s=time.time())
+        lines.write("end", time_s=time.time(), clock_s=time.monotonic())
     return 0
 
 
@@ -138,9 +139,10 @@ def status_of(error: Exception) -> str | None:
     return None
 
 
-def work(cell: dict[str, Any], lines: Lines) -> None:
+def work(cell: dict[str, Any], lines: Lines, begun_s: float) -> None:
     """Set-up (`prepare`), one half of the preflight, a profile, or measurement of one cell; or the
-    short trial of a batch size (`memory_probe`) and the equally short set-up before it.
+    short trial of a batch size (`memory_probe`) and the equally short set-up before it. `begun_s`:
+    when this program began, by the clock that all processes of a machine share.
     """
     settings = Settings.model_validate(cell["settings"])
     # Its first sample is to show the device before CUDA starts here.
@@ -152,13 +154,15 @@ def work(cell: dict[str, Any], lines: Lines) -> None:
     from core.artefacts import Store
 
     gc.enable()
+    imported_s = time.monotonic()
     pipeline.prepare_process(settings)
     shared = Path(cell["shared_artefacts"])
     watch = watch_device(settings, sampled)
     here = process_facts(settings)
     if cell["task"] == "memory_probe":
         here["room_bytes"] = wall_in(cell["room_bytes"], watch.device, lines)
-    lines.write("start", time_s=time.time(), pid=os.getpid(), machine=here)
+    clock = {"begun_s": begun_s, "imported_s": imported_s, "ready_s": time.monotonic()}
+    lines.write("start", time_s=time.time(), pid=os.getpid(), machine=here, clock=clock)
     if cell.get("gpu_given") and here["gpu"] is None:
         raise RuntimeError(
             f"the container was given a GPU and torch {here['torch']} with CUDA "

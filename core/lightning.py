@@ -6,7 +6,7 @@ give the same losses to the bit.
 
 Several devices (`core.ranks`): each process takes its rows of every micro-batch and the gradients
 are averaged, so losses and weights are those of one process but for rounding. Rank 0 alone
-validates, saves and reports.
+validates, saves and reports; where frozen weights are divided (`core.sharding`) all validate.
 """
 
 import logging
@@ -22,8 +22,10 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from core import sharding
 from core.loop import SCALED, BestSoFar, Fit, autocast, delivered, end_epoch, loader, mean_loss
 from core.observe import Observer
 from core.ranks import Group, facts, joined, visible
@@ -47,12 +49,16 @@ def fit_lightning(fit: Fit, observer: Observer) -> None:
             warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated.*")
             # Lightning's own use of a name torch has renamed, once for each batch.
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+            # Nothing here changes a layer's output in place.
+            warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
             # In fp16 the first steps are left out until the scale fits; that is no mistake.
             warnings.filterwarnings("ignore", message=".*before `optimizer.step.*")
             trainer.fit(shell)
-    if not fit.group.rank:
-        with observer.phase("checkpoint"):
-            fit.save("last")
+        if not fit.group.rank:
+            with observer.phase("checkpoint"):
+                fit.save("last")
+        if fit.group.sharded and fit.group.asked_after:
+            sharding.make_whole(trainer.strategy.parts)  # last: reading a state divides it again
 
 
 class Shell(pl.LightningModule):
@@ -93,6 +99,10 @@ class Shell(pl.LightningModule):
             self.observer.loader_processes()
             strategy = type(self.trainer.strategy).__name__
             self.observer.facts.update(strategy=strategy, **facts())
+            if self.fit.group.sharded:
+                found = sharding.divided(self.model)
+                kept = {name: found[name] for name in ("bytes", "whole_bytes")}
+                self.observer.facts["frozen_here"] = kept
         self.optimizer_steps = self.trainer.global_step
         self.fit.before_step(self.optimizer_steps)
         self.observed.enter_context(self.observer.first_step())
@@ -117,7 +127,7 @@ class Shell(pl.LightningModule):
         if self.fit.group.size > 1:
             with self.observer.phase("train_steps"):
                 self.share_losses()
-        stop = not self.fit.group.rank and end_epoch(
+        stop = (self.fit.group.sharded or not self.fit.group.rank) and end_epoch(
             self.fit, self.current_epoch, self.first_step, self.best, self.observer
         )
         self.trainer.should_stop |= self.agree(stop)
@@ -202,12 +212,24 @@ def _devices(fit: Fit) -> dict:
     """The options of a trainer that choose its devices and how they share the work."""
     if fit.group.size == 1:
         return {"devices": 1 if fit.device.index is None else [fit.device.index]}
-    strategy = DDPStrategy(
+    kind = Sharded if fit.group.sharded else DDPStrategy
+    strategy = kind(
         cluster_environment=Ranks(fit.group),
         broadcast_buffers=False,  # the model's never change
         gradient_as_bucket_view=True,
     )
     return {"devices": fit.group.size, "strategy": strategy, "use_distributed_sampler": False}
+
+
+class Sharded(DDPStrategy):
+    """DDP of what is trained over frozen weights of which each process holds a part."""
+
+    def configure_ddp(self) -> None:
+        """Divide the weights; DDP is to leave alone what is no whole tensor any more."""
+        self.parts = sharding.shard(self.model, self.root_device, self.world_size)
+        names = sharding.divided(self.model)["names"]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
+        super().configure_ddp()
 
 
 class Ranks(LightningEnvironment):

@@ -47,6 +47,10 @@ class Group:
     """Where they meet; each waits for the others' `ready-RANK`."""
     others: Sequence["subprocess.Popen[bytes]"] = ()
     """Those that rank 0 started."""
+    sharded: bool = False
+    """Each holds a part of the frozen weights (`core.sharding`), so all must compute together."""
+    asked_after: bool = False
+    """Rank 0 is to compute alone once the training is over."""
 
     def share(self, rows: Any) -> Any:
         """This process's rows of a micro-batch; rows sorted by length are shared out evenly."""
@@ -72,13 +76,14 @@ def visible(device: torch.device) -> int:
 def together(work: Any) -> Iterator[Group]:
     """The group that trains this stage; inside the block its other processes live.
 
-    `work` is a `core.stages.Work`. Raises RankDied when one of them fails, InputError for fsdp.
+    `work` is a `core.stages.Work`. Raises RankDied when one of them fails, InputError for 4-bit
+    weights that were to be divided.
     """
     wanted = work.settings.train.devices
-    if work.settings.train.strategy == "fsdp":
+    if work.settings.train.strategy == "fsdp" and work.settings.teacher.adapter == "qlora":
         raise InputError(
-            "train.strategy: fsdp, but validation and checkpoints of this teacher need the whole "
-            "model in one process; use ddp"
+            "train.strategy: fsdp with teacher.adapter qlora, but what torch gathers of a 4-bit "
+            "weight has lost the constants of its blocks; use ddp"
         )
     size = visible(work.device) if wanted == "auto" else wanted
     if work.group is not ALONE or size == 1:
@@ -86,9 +91,11 @@ def together(work: Any) -> Iterator[Group]:
         return
     with TemporaryDirectory(prefix="ranks-") as name, shared_cores(work.device, size):
         folder = Path(name)
-        others = [_start(replace(work, observer=None), r, size, folder) for r in range(1, size)]
+        sharded = work.settings.train.strategy == "fsdp"
+        group = Group(0, size, folder, sharded=sharded, asked_after=bool(work.batches))
+        others = [_start(replace(work, observer=None), group, rank) for rank in range(1, size)]
         try:
-            yield Group(0, size, folder, others)
+            yield replace(group, others=others)
             _wait(folder, others)
         except RuntimeError:
             time.sleep(POLL_S * 10)  # a broken connection is noticed before the death behind it
@@ -100,11 +107,11 @@ def together(work: Any) -> Iterator[Group]:
                 process.wait()
 
 
-def _start(work: Any, rank: int, size: int, folder: Path) -> "subprocess.Popen[bytes]":
+def _start(work: Any, group: Group, rank: int) -> "subprocess.Popen[bytes]":
     """The process of one rank, its order on the way to it."""
-    own = folder / f"rank-{rank}"
+    folder, own = group.folder, group.folder / f"rank-{rank}"
     own.mkdir()
-    order = replace(work, folder=own, group=Group(rank, size, folder))
+    order = replace(work, folder=own, group=replace(group, rank=rank))
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with (folder / f"rank-{rank}.log").open("wb") as log:
         process = subprocess.Popen(

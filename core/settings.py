@@ -246,7 +246,9 @@ class TrainSettings(Section):
     Lightning only; other fits and everything that scores use one.
     """
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several devices share the work; auto = ddp."""
+    """How several devices share the work: `ddp` (auto) has the whole model on each, `fsdp` a part
+    of the frozen weights, gathered layer by layer.
+    """
     precision: Precision = "fp32"
     compile: Literal["off", "regional", "whole"] = "off"
     """torch.compile of the teacher's backbone: each layer apart (`regional`) or all of it."""
@@ -276,6 +278,11 @@ class TrainSettings(Section):
             raise ValueError(
                 f"devices {self.devices} is more than batch_size {self.batch_size}: the rows of a "
                 "micro-batch are divided among them"
+            )
+        if self.strategy == "fsdp" and self.compile != "off":
+            raise ValueError(
+                f"strategy fsdp gathers weights between the layers, which compile {self.compile} "
+                "would trace; set train.compile to off, or use ddp"
             )
         if self.precision == "fp16-true":
             raise ValueError(

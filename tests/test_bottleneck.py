@@ -32,7 +32,7 @@ TABLE = [
     (
         Shares("teacher_fit", issue=0.3, flops=0.62, traffic=0.55, attention=0.004),
         "teacher_fit: compute-bound: products run at 62 % of the measured GEMM peak; "
-        "attention is 0.4 % of the arithmetic: its kernel cannot matter here.",
+        "attention is 0.4 % of the arithmetic: little to gain, unless its kernel is a bad one.",
     ),
     (
         Shares("teacher_fit", issue=0.3, flops=0.2, traffic=0.71, attention=0.12),
@@ -47,20 +47,33 @@ TABLE = [
     ),
     (
         Shares("teacher_fit", attention=0.012, guessed=True),
-        "teacher_fit: attention is about 1.2 % of the arithmetic: its kernel cannot matter here.",
+        "teacher_fit: attention is about 1.2 % of the arithmetic: little to gain, unless its "
+        "kernel is a bad one.",
     ),
     (
         Shares("teacher_fit", attention=0.03, guessed=True),
         "teacher_fit: attention is about 3.0 % of the arithmetic.",
     ),
     (  # a profile knows better: little arithmetic may take long, and much of it little time
-        Shares("teacher_fit", attention=0.004, attention_time=0.11),
+        Shares("teacher_fit", attention=0.004, attention_time=0.11, fused=True),
         "teacher_fit: attention is 0.4 % of the arithmetic and 11 % of the time.",
     ),
     (
-        Shares("teacher_fit", attention=0.06, attention_time=0.03),
-        "teacher_fit: attention is 6.0 % of the arithmetic and 3.0 % of the time: its kernel "
+        Shares("teacher_fit", attention=0.06, attention_time=0.013, fused=True),
+        "teacher_fit: attention is 6.0 % of the arithmetic and 1.3 % of the time: its kernel "
         "cannot matter here.",
+    ),
+    (  # 3 % can be gained, which is more than the floor
+        Shares("teacher_fit", attention=0.06, attention_time=0.03, fused=True),
+        "teacher_fit: attention is 6.0 % of the arithmetic and 3.0 % of the time.",
+    ),
+    (  # eager attention hides masks and copies among everybody's operators
+        Shares("teacher_fit", attention=0.06, attention_time=0.01),
+        "teacher_fit: attention is 6.0 % of the arithmetic and at least 1.0 % of the time.",
+    ),
+    (
+        Shares("teacher_fit", wait=0.035),
+        "teacher_fit: loader wait 3.5 %: workers can gain no more than that.",
     ),
     (
         Shares("teacher_fit", stepping=0.3, phase=("set_up", 0.6), issue=0.1, flops=0.7, traffic=0),
@@ -81,16 +94,41 @@ def record(**changes):
 
 
 def test_ordinary_records_are_enough_for_a_sentence() -> None:
-    known = shares("teacher_fit", [record(), record(loader_wait_s=0.3)])
+    known = shares("teacher_fit", [record(), record(loader_wait_s=0.2)])
     assert known.stepping == pytest.approx(0.6)
     assert known.phase == ("set_up", pytest.approx(0.2))
-    assert known.wait == pytest.approx(0.02)
+    assert known.wait == pytest.approx(0.015)
     assert known.attention is None
-    assert sentence(known).endswith("loader wait 2.0 %: workers cannot help.")
+    assert sentence(known).endswith("loader wait 1.5 %: workers cannot help.")
 
 
 def test_a_stage_without_a_loader_says_nothing_of_workers() -> None:
     assert "workers" not in sentence(shares("evaluate_all", [record(loader_wait_s=None)]))
+
+
+@pytest.mark.parametrize(
+    ("names", "fused"),
+    [
+        (["aten::bmm", "aten::_softmax"], False),
+        (["aten::_scaled_dot_product_flash_attention"], True),
+    ],
+)
+def test_only_a_fused_kernel_is_all_of_attention(names: list[str], fused: bool) -> None:
+    operators = [{"name": name, "seconds": 0.01, "share": 0.005} for name in names]
+    probe = {"seconds": 0.1, "issue_s": 0.1, "wait_s": 0.0, "cpu_s": 0.1}
+    work = {"samples": 8, "tokens": 800, "padded_tokens": 800}
+    profile = {
+        "stage": "teacher_test",
+        "device": "cpu",
+        "probes": [probe | work],
+        "counted": work | {"flops": 1e9, "bytes": 1e8, "head_flops": 0},
+        "backbone": {"weights": 10**6, "lora": 10**4, "layers": 2, "width": 128},
+        "window": {"operators": operators},
+        "ceilings": {"gemm_flops_per_s": 1e11, "copy_bytes_per_s": 1e10},
+    }
+    known = shares("teacher_test", [record()], profile)
+    assert known.fused == fused
+    assert ("cannot matter" in sentence(known)) == fused
 
 
 def test_the_batch_s_shape_gives_a_guess_of_attention() -> None:

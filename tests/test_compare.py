@@ -312,6 +312,34 @@ def test_worse_rankings_beat_any_speed(before, tmp_path):
     assert status == 1 and "6 worse quality" in text and "FAILED: quality: baseline" in text
 
 
+def test_a_run_that_ranks_fewer_users_is_not_faster(before, tmp_path):
+    def skip(found):
+        found["ranks"] = found["ranks"] and found["ranks"][:20]
+
+    after = write_run(tmp_path / "b", slower_by(0.5), change=skip)
+    status, text = run(before, after, "--fail-on", "quality")
+    assert "6 unproven" in text and "teacher_test: recall@10 is not comparable" in text
+    assert status == 1
+    assert "FAILED: quality: baseline, teacher_test, recall@10: not comparable" in text
+
+
+def test_a_run_that_leaves_rows_out_is_not_faster(tmp_path):
+    def counting(rows):
+        def change(found):
+            if found["stage"] == "teacher_test":
+                found["counts"] = {"rows": rows}
+
+        return change
+
+    before = write_run(tmp_path / "a", change=counting(40))
+    after = write_run(tmp_path / "b", slower_by(0.5), change=counting(20))
+    _, text = run(before, after)
+    assert "teacher_test: 20 rows, before 40" in text
+    assert "4 unproven, 2 faster" in text, "the fit did the same work"
+    _, text = run(before, write_run(tmp_path / "c", slower_by(0.5), change=counting(40)))
+    assert "6 faster" in text
+
+
 @pytest.mark.parametrize(("rule", "status"), [("memory:+3%", 1), ("memory:+6%", 0), ("memory", 1)])
 def test_a_larger_peak_breaks_the_memory_rule(before, tmp_path, rule, status):
     grown = {"torch_allocated_peak_bytes": round(1.05 * 2**30), "device_peak_bytes": {"un": "x"}}

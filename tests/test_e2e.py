@@ -134,6 +134,8 @@ def check_records(records: list[dict[str, Any]]) -> None:
     for record in records:
         assert record["status"] == "ok", record["reason"]
         assert 0 < record["wall_s"] < record["process_wall_s"]
+        assert min(record["process_phases"].values()) > -0.1
+        assert record["process_phases"]["imports"] > record["process_phases"]["start_up"]
         phases = record["phases"]
         assert sum(phases.values()) == pytest.approx(record["wall_s"], rel=1e-6)
         # Beside the share, a constant: these stages last a quarter of a second.

@@ -213,11 +213,19 @@ def workers(*baselines: Any, **more: Any) -> list[dict[str, Any]]:
 
 
 def test_what_a_worker_leaves_behind_is_seen_by_the_next() -> None:
-    said = not_given_back(reversed(workers(GIB, GIB + 20 * MIB, 3 * GIB, 3 * GIB)))
+    said = not_given_back(workers(GIB, GIB + 20 * MIB, 3 * GIB, 3 * GIB))
     assert said == [
         "device GPU-1: 3.00 GiB in use before c2 repeat 1, 1.02 GiB before c1 repeat 1: "
         "not given back, or of others"
     ]
+
+
+def test_a_calendar_set_back_moves_no_worker() -> None:
+    records = workers(GIB, GIB, 3 * GIB, 3 * GIB)
+    for record in records:
+        record["started"] = "2026-01-01T00:0" + str(9 - int(record["cell"][1])) + ":00"
+    (said,) = not_given_back(records)
+    assert "3.00 GiB in use before c2 repeat 1, 1.00 GiB before c1" in said
 
 
 def test_devices_are_not_held_against_each_other() -> None:

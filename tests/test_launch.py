@@ -378,11 +378,21 @@ def test_a_shell_around_the_worker_passes_its_signal_on(job: Job) -> None:
         ({"wall_s": float("inf")}, "wall_s is inf"),
         ({"steps": None}, "steps is NoneType"),
         ({"status": "error"}, "status error"),
-        ({"losses": ["low"]}, "a phase, loss or step is no figure"),
-        ({"phases": {"steps": None}}, "a phase, loss or step is no figure"),
-        ({"steps": [17]}, "a phase, loss or step is no figure"),
-        ({"steps": [{"seconds": 1.0}]}, "a phase, loss or step is no figure"),
+        ({"losses": ["low"]}, "a phase, loss, rank or step is no figure"),
+        ({"phases": {"steps": None}}, "a phase, loss, rank or step is no figure"),
+        ({"steps": [17]}, "a phase, loss, rank or step is no figure"),
+        ({"steps": [{"seconds": 1.0}]}, "a phase, loss, rank or step is no figure"),
         ({"metrics": {"recall@10": float("nan")}}, "metrics.recall@10 is nan"),
+        ({"wall_s": 0.0}, "wall_s is 0"),
+        ({"wall_s": -1.0}, "wall_s is -1"),
+        ({"phases": {"train_steps": -0.5}}, "is -0.5, below 0"),
+        ({"steps": [{"seconds": -0.1, "samples": 1}]}, "is -0.1, below 0"),
+        ({"ranks": [-1.0]}, "is -1.0, below 0"),
+        ({"ranks": ["first"]}, "a phase, loss, rank or step is no figure"),
+        (
+            {"counts": {"rows": 32}, "steps": [{"seconds": 0.1, "samples": 33}]},
+            "its steps hold 33 samples, its counts 32 rows",
+        ),
     ],
 )
 def test_a_stage_line_must_be_whole(
@@ -392,6 +402,39 @@ def test_a_stage_line_must_be_whole(
     line = run_worker(job).stage_lines[0]
     assert deaths.stage_problem(line) is None
     assert problem in str(deaths.stage_problem(line | change))
+
+
+CLOCK = {"begun_s": 100.5, "imported_s": 103.0, "ready_s": 103.2}
+
+
+def test_a_process_adds_up_with_its_stages() -> None:
+    stages = [{"stage": "teacher_fit", "wall_s": 4.0}, {"stage": "teacher_test", "wall_s": 1.0}]
+    events = Events(start={"clock": CLOCK}, stages=stages, ended=True, ended_s=108.5)
+    found = deaths.process_phases(events, 100.0, 108.9)
+    assert found == pytest.approx(
+        {
+            "start_up": 0.5,
+            "imports": 2.5,
+            "device": 0.2,
+            "between_stages": 0.3,
+            "tear_down": 0.4,
+        }
+    )
+    assert sum(found.values()) + 5.0 == pytest.approx(8.9)
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        Events(ended=True, ended_s=108.5),
+        Events(start={"clock": CLOCK}, ended=True),
+        Events(start={"clock": CLOCK | {"ready_s": "soon"}}, ended=True, ended_s=108.5),
+        Events(start={"clock": CLOCK | {"begun_s": 7.0}}, ended=True, ended_s=108.5),
+    ],
+    ids=["none told", "no end told", "no number", "another machine's clock"],
+)
+def test_without_sound_times_a_process_has_no_phases(events: Events) -> None:
+    assert deaths.process_phases(events, 100.0, 108.9) == {}
 
 
 def test_twice_the_same_stage_is_bad_output_and_kept_once(job: Job) -> None:

@@ -64,6 +64,10 @@ IN_CU118 = {
 }
 ALONE = {"world_size": 1, "backend": None, "strategy": "SingleDeviceStrategy"}
 TWO_RANKS = {"world_size": 2, "backend": "gloo", "strategy": "DDPStrategy"}
+SHARDED = TWO_RANKS | {
+    "strategy": "Sharded",
+    "frozen_here": {"bytes": 5 << 20, "whole_bytes": 8 << 20},
+}
 EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "", "expandable_segments": True, "max_split_size": -1}
 
 
@@ -276,8 +280,14 @@ CASES = [
     ),
     ("train.strategy", "auto", ALONE, ALONE | {"strategy": "DDPStrategy"}),
     ("train.strategy", "auto", TWO_RANKS, TWO_RANKS | {"strategy": "SingleDeviceStrategy"}),
-    ("train.strategy", "ddp", TWO_RANKS, TWO_RANKS | {"strategy": "FSDPStrategy"}),
-    ("train.strategy", "fsdp", {"strategy": "FSDPStrategy"}, TWO_RANKS),
+    ("train.strategy", "ddp", TWO_RANKS, TWO_RANKS | {"strategy": "Sharded"}),
+    ("train.strategy", "fsdp", SHARDED, TWO_RANKS | {"frozen_here": SHARDED["frozen_here"]}),
+    (
+        "train.strategy",
+        "fsdp",
+        SHARDED,
+        SHARDED | {"frozen_here": {"bytes": 8 << 20, "whole_bytes": 8 << 20}},
+    ),
     ("machine.image", "cu118", IN_CU118, {"image": "host"}),
     ("machine.image", "cu118", IN_CU118, IN_CU118 | {"launched": {}}),
     ("machine.image", "cu118", IN_CU118, IN_CU118 | {"container": {"id": "another"}}),

@@ -73,10 +73,31 @@ def test_the_judged_part_of_a_trace_is_its_last_quarter(trace):
     assert min(last) - 1e-9 <= min(parts) <= max(parts) <= max(last) + 1e-9
 
 
-def test_no_trace_says_nothing():
-    assert compare_training("c", FIT, [trained([])], [trained([1.0])]) == []
-    [row] = compare_training("c", FIT, [trained([1.0, 2.0])], [])
+def test_without_any_trace_nothing_is_said():
+    assert compare_training("c", FIT, [trained([])], [trained([])]) == []
+    [row] = compare_training("baseline", FIT, [trained([1.0, 2.0])], [])
     assert (row.value, row.difference, row.call) == (2.0, None, "")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([], [1.0, 2.0]), ([1.0, 2.0], [])])
+def test_a_trace_of_one_side_only_guards_nothing(ours, theirs):
+    [row] = compare_training("c", FIT, [trained(ours)], [trained(theirs)])
+    assert (row.difference, row.call) == (None, "missing")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(50, 100), (0, 100), (100, 0), (100, 50)], ids=lambda users: str(users)
+)
+def test_rankings_of_other_users_guard_nothing(ours, theirs):
+    records = [
+        {"stage": TEST, "block": 1, "ranks": [3.0] * users or None, "losses": [], "metrics": {}}
+        for users in (ours, theirs)
+    ]
+    rows = compare("c", TEST, records[:1], records[1:])
+    assert [(row.metric, row.call) for row in rows] == [
+        ("recall@10", "missing"),
+        ("ndcg@10", "missing"),
+    ]
 
 
 def test_fewer_than_two_parts_decide_nothing():

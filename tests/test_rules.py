@@ -150,7 +150,11 @@ TEXTS = {
         "MisconfigurationException: No `test_step()` method defined to run `Trainer.test`.",
         "TypeError: DistillationTrainer.__init__() missing 2 required positional arguments",
     ),
-    "D29": ("ModuleNotFoundError: No module named 'tensorboard'",),
+    "D29": (
+        "ModuleNotFoundError: No module named 'tensorboard'",
+        "ImportError: cannot import name 'LossKwargs' from 'transformers.utils'",
+        "AttributeError: module 'transformers.utils' has no attribute 'LossKwargs'",
+    ),
 }
 PAIRS = [(rule_id, text) for rule_id, texts in TEXTS.items() for text in texts]
 

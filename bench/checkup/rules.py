@@ -421,11 +421,15 @@ RULES = (
     ),
     Rule(
         id="D29",
-        symptom="a Python package is missing or cannot be imported",
-        cause="it is not installed in the interpreter that ran",
+        symptom="a Python package is missing, cannot be imported, or lacks a name",
+        cause="it is not installed in the interpreter that ran, or in another version",
         proof_command='python -c "import sys, PACKAGE; print(sys.executable, PACKAGE.__file__)"',
         remedy="`pip install -c constraints.txt -e .` with that interpreter",
-        texts=(r"No module named '?(?!sentencepiece)\w+", r"cannot import name"),
+        texts=(
+            r"No module named '?(?!sentencepiece)\w+",
+            r"cannot import name",
+            r"AttributeError: module '[\w.]+' has no attribute",
+        ),
         general=True,
     ),
 )

@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench import proofs
 from bench.comparing import calibration, comparability
@@ -223,13 +224,15 @@ def _call(
     level: float,
     qualities: Sequence[Quality],
 ) -> tuple[str, int | None, str]:
-    """Call, repeats needed and reason, in the order of the verdicts: proof, quality, interval."""
+    """Call, repeats needed and reason in the order of verdicts: proof, quality, work, interval."""
     holds, why = standing(pair, sides, stage)
     if holds is not True:
         return ("unproven" if holds is None else "not in effect"), None, why
     if lost_quality := [one for one in qualities if one.cell == pair.name and one.call == "worse"]:
         parts = [f"{one.metric} {signed(one.difference)} in {one.stage}" for one in lost_quality]
         return "worse quality", None, ", ".join(parts)
+    if other_work := unlike(pair, sides, stage, qualities):
+        return "unproven", None, other_work
     call, needs = decide(effect, floor, level)
     if call == "undecided" and effect.blocks >= MIN_BLOCKS and effect.slack > math.log1p(floor):
         return call, None, "the machines' kernels disagree by more than the floor"
@@ -255,6 +258,33 @@ def standing(pair: Pair, sides: Sides, stage: str) -> tuple[bool | None, str]:
         if seen[0][place] != seen[1][place]:
             return None, f"{place[0]} was seen in one run only"
     return True, ""
+
+
+def unlike(pair: Pair, sides: Sides, stage: str, qualities: Sequence[Quality]) -> str:
+    """Why the second run did other work than the first, or nothing says how well; else empty."""
+    for one in qualities:
+        if one.cell == pair.name and one.call == "missing":
+            return f"{one.stage}: {one.metric} is not comparable"
+    for scored in dict.fromkeys(r["stage"] for r in sides[0].of(pair.before)):
+        if scored.endswith("_fit") or stage not in (scored, TOTAL):
+            continue
+        theirs, ours = (
+            {n for r in side.of(cell) if r["stage"] == scored if (n := rows_of(r)) is not None}
+            for side, cell in zip(sides, pair, strict=True)
+        )
+        if theirs and ours and theirs != ours:
+            return f"{scored}: {said_of(ours)} rows, before {said_of(theirs)}"
+    return ""
+
+
+def rows_of(record: Mapping[str, Any]) -> int | None:
+    """Rows that a measured stage worked on."""
+    return (record.get("counts") or {}).get("rows") if record["status"] == "ok" else None
+
+
+def said_of(rows: set[int]) -> str:
+    """One count, or the several that repeats had."""
+    return " or ".join(map(str, sorted(rows)))
 
 
 def judge_quality(

@@ -17,6 +17,7 @@ from bench.judging.figures import TOTAL, Figure, Process, Record, peaks, stage_f
 from bench.judging.intervals import ALPHA, Effect, Looks, decide, holm_levels, paired
 from bench.judging.judgement import BASELINE, CellProof, Unmeasured, Verdict
 from bench.judging.quality import Quality
+from bench.judging.work import skipped_rows
 from bench.matrix import Cell, Matrix
 from bench.schedule.attempts import TOO_SLOW
 
@@ -128,6 +129,7 @@ def compare(matrix: Matrix, cells: Sequence[Cell], records: Sequence[Record]) ->
     looks = Looks(matrix.repeats, matrix.most_repeats)
     levels = levels_of(effects, looks)
     given_up = {r["key"]: str(r["reason"]) for r in records if r.get("stopped_by") == TOO_SLOW}
+    skipped = skipped_rows(cells, [r for r in records if r["status"] == "ok"], stages)
     for stage, rows in tables.items():
         tables[stage] = [
             called(
@@ -137,6 +139,7 @@ def compare(matrix: Matrix, cells: Sequence[Cell], records: Sequence[Record]) ->
                 looks,
                 matrix.floor,
                 qualities,
+                skipped.get((row.cell, stage), ""),
                 given_up.get(by_name[row.cell].key, ""),
             )
             for row in rows
@@ -224,9 +227,10 @@ def called(
     looks: Looks,
     floor: float,
     qualities: Sequence[Quality],
+    skipped: str,
     given_up: str,
 ) -> Verdict:
-    """The row with its call, in the order: proof, quality, number of blocks, interval."""
+    """The row with its call, in the order: proof, quality, work, number of blocks, interval."""
     if not row.repeats:
         return row
     if effect is not None:
@@ -250,10 +254,22 @@ def called(
     if worse:
         lost = ", ".join(f"{q.metric} {q.difference:+.4f} in {q.stage}" for q in worse)
         return replace(row, call="worse quality", reason=lost)
+    if other_work := skipped or unguarded(row.cell, qualities):
+        return replace(row, call="unproven", reason=other_work)
     call, needs = decide(effect or Effect(0.0, 0.0, 0), floor, level, looks)
     if call == "undecided" and given_up:
         return replace(row, call="skipped", reason=given_up)
     return replace(row, call=call, needs=needs)
+
+
+def unguarded(cell: str, qualities: Sequence[Quality]) -> str:
+    """Why nothing guards the quality of a cell although one side of the pair was measured."""
+    for gap in (q for q in qualities if q.cell == cell and q.call == "missing"):
+        place = (BASELINE, gap.stage, gap.metric)
+        users = [q.count for q in qualities if (q.cell, q.stage, q.metric) == place]
+        theirs = f"the baseline's of {users[0]}" if users and users[0] else "the baseline's of none"
+        return f"{gap.stage}: {gap.metric} of {gap.count or 'none'}, {theirs}: not comparable"
+    return ""
 
 
 def judge_quality(

@@ -37,7 +37,8 @@ def steady_figure(record: Record) -> Figure | None:
     """Median seconds per sample of an optimizer step, or of a batch where nothing is trained.
 
     Units that contain one of `warmup_steps` are left out, those up to the detected steady start,
-    and micro-batches after the last optimizer step. None when no steady unit remains.
+    and micro-batches after the last optimizer step. None when no steady unit remains, or when the
+    clock was too coarse to see most of them.
     """
     units, warm_units = units_of(record.get("steps") or [], record.get("warmup_steps", 0))
     judged = [unit for unit in units[warm_units:] if sum(s["samples"] for s in unit)]
@@ -48,7 +49,8 @@ def steady_figure(record: Record) -> Figure | None:
     left_out = units[:warm_units] + judged[: start or 0]
     samples = statistics.median(s["samples"] for unit in judged for s in unit)
     warm_up = sum(len(unit) for unit in left_out)
-    return Figure(statistics.median(figures), samples, warm_up, start is not None)
+    seconds = statistics.median(figures)
+    return Figure(seconds, samples, warm_up, start is not None) if seconds > 0 else None
 
 
 def units_of(steps: Sequence[Record], warmup_steps: int) -> tuple[list[list[Record]], int]:

@@ -2,25 +2,43 @@
 
 import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from scipy import stats
 
 from bench.judging.conduct import conduct
 from bench.judging.figures import TOTAL, Record
-from bench.judging.intervals import ALPHA
-from bench.judging.judgement import Finding, Trend, Unmeasured, Verdict
+from bench.judging.intervals import ALPHA, decide, paired
+from bench.judging.judgement import BASELINE, Finding, Trend, Unmeasured, Verdict
 from bench.judging.quality import GAINS, LOSS_MARGIN, MARGIN, TRAINING_LOSS, Quality
+from bench.judging.work import moved_outside
 from bench.matrix import Cell, Matrix
+from bench.metering import invariants
 from bench.proving import differences
 
 UNACCOUNTED = 0.05
 """Share of a stage's wall time that may lie outside every named phase."""
+OVERBOOKED = 0.01
+"""Share by which the phases may exceed the wall: two clocks are read one after the other."""
 FEWEST_BLOCKS_FOR_TREND = 3
+MOST_ALIKE = 3
+"""Sentences of one kind that are told each for itself."""
+FEWEST_COPIED = 3
+"""Steps below which equal times may be chance."""
+OF_STEPS = ("faster", "slower", "same")
+STEPS_LEAVE_OUT = "the ledger says where the rest of the stage goes; act on the total"
+NOT_RUNNING = {
+    ("not in effect", False): "the setting never reached the model; fix that before reading its "
+    "figures",
+    ("unproven", None): "no claim is made for it; add a proof, or rerun where the fact can be "
+    "observed",
+    ("unproven", True): "no claim is made for it; let it do the baseline's work, then compare",
+}
+"""(call, setting seen at work) -> what to do."""
 
 
 def trends(figures: Mapping[str, Mapping[int, float]]) -> list[Trend]:
@@ -55,6 +73,8 @@ def warnings(
         *unclean(cells, ok),
         *quality_gaps(ok, qualities),
         *drifted(drifts, matrix.floor),
+        *copied(ok),
+        *steps_against_stage(tables, cells, ok, matrix.floor),
         *ledger_gaps(ok),
         *memory_contradictions(ok),
         *judged_by_wall(tables, ok),
@@ -67,13 +87,12 @@ def warnings(
 def settings_not_running(rows: Iterable[Verdict]) -> list[Finding]:
     """Cells that did not run what was asked, then cells nothing proves; one line a reason."""
     found = []
-    advice = {
-        "not in effect": "the setting never reached the model; fix that before reading its figures",
-        "unproven": "no claim is made for it; add a proof, or rerun where the fact can be observed",
-    }
-    for call, what in advice.items():
-        reasons = {(row.cell, row.reason): None for row in rows if row.call == call}
-        found += [Finding(f"{cell}: {call}: {reason}", what) for cell, reason in reasons]
+    for call in ("not in effect", "unproven"):
+        reasons = {(r.cell, r.reason, r.in_effect): None for r in rows if r.call == call}
+        found += [
+            Finding(f"{cell}: {call}: {reason}", NOT_RUNNING[call, in_effect])
+            for cell, reason, in_effect in reasons
+        ]
     return found
 
 
@@ -90,6 +109,9 @@ def failed(unmeasured: Iterable[Unmeasured]) -> list[Finding]:
             "reasons are under the tables, logs in `cells/`",
         )
     ]
+
+
+FIGURES = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -121,6 +143,8 @@ def doubts(cells: Sequence[Cell], ok: Sequence[Record]) -> dict[str, Doubts]:
                 silent.setdefault(text, {})[record["stage"]] = None
         if "machine.image" in cell.changed and own:
             second["whole image, so library versions too"] = dict.fromkeys(r["stage"] for r in own)
+        if moved := moved_outside(cell, cells[0], ok):
+            second[moved] = {TOTAL: None}
         if second or silent:
             found[cell.name] = Doubts(
                 {text: list(stages) for text, stages in second.items()},
@@ -193,11 +217,15 @@ def drifted(drifts: Iterable[Trend], floor: float) -> list[Finding]:
 
 
 def ledger_gaps(ok: Sequence[Record]) -> list[Finding]:
-    """Stages with more than 5 % of the wall outside every named phase, worst share of each."""
+    """Stages whose named phases leave out more than 5 % of the wall, or claim more than the whole
+    of it; the worst share of each. The gap is counted, not believed: no phase may name itself so.
+    """
     worst: dict[str, float] = {}
+    over: dict[str, float] = {}
     for record in ok:
-        share = (record.get("phases") or {}).get("unaccounted", 0.0) / max(record["wall_s"], 1e-9)
+        share = 1 - named_seconds(record) / max(record["wall_s"], 1e-9)
         worst[record["stage"]] = max(share, worst.get(record["stage"], 0.0))
+        over[record["stage"]] = max(-share, over.get(record["stage"], 0.0))
     return [
         Finding(
             f"{stage}: up to {100 * share:.0f} % of the wall lies outside every named phase",
@@ -205,24 +233,78 @@ def ledger_gaps(ok: Sequence[Record]) -> list[Finding]:
         )
         for stage, share in worst.items()
         if share > UNACCOUNTED
+    ] + [
+        Finding(
+            f"{stage}: the phases add up to {100 * (1 + share):.0f} % of the wall: some time is "
+            "counted twice, or the wall is not the stage's",
+            "trust neither the ledger nor the whole-stage figures of it",
+        )
+        for stage, share in over.items()
+        if share > OVERBOOKED
     ]
 
 
+def named_seconds(record: Record) -> float:
+    """Seconds of a stage that its phases name."""
+    phases = record.get("phases") or {}
+    return math.fsum(seconds for name, seconds in phases.items() if name != "unaccounted")
+
+
 def memory_contradictions(ok: Sequence[Record]) -> list[Finding]:
-    """Records whose memory sources cannot all be right: allocated ≤ reserved ≤ device."""
-    broken: Counter[str] = Counter()
+    """Figures of device memory that cannot all be right when records are held together."""
+    advice = "close other programs on the device, or read the figures as theirs too"
+    found = []
+    for said in (invariants.not_given_back(ok), invariants.uneven_residuals(ok)):
+        found += [Finding(text, advice) for text in said[:MOST_ALIKE]]
+        if more := len(said) - MOST_ALIKE:
+            found += [Finding(f"further ones of this kind: {more}", "")] * (more > 0)
+    return found
+
+
+def steps_against_stage(
+    tables: Mapping[str, Sequence[Verdict]],
+    cells: Sequence[Cell],
+    ok: Sequence[Record],
+    floor: float,
+) -> list[Finding]:
+    """Cells whose steps say one thing and whose whole stage another: time went where no step is,
+    or into the few steps that a median does not see.
+    """
+    keys = {cell.name: cell.key for cell in cells}
+    walls = {(r["key"], r["stage"], r["block"]): r["wall_s"] for r in ok}
+    found: dict[str, list[str]] = {}
+    for stage, rows in tables.items():
+        for row in (one for one in rows if one.unit == "step" and one.call in OF_STEPS):
+            pairs = [
+                (wall, walls[keys[BASELINE], stage, block])
+                for (key, of, block), wall in walls.items()
+                if (key, of) == (keys[row.cell], stage) and (keys[BASELINE], stage, block) in walls
+            ]
+            effect = paired(*zip(*pairs, strict=True))
+            whole, _ = decide(effect, floor)
+            if whole in ("faster", "slower") and whole != row.call:
+                ratio = f"{stage} (whole stage {math.exp(effect.mean):.3f}, steps {row.ratio:.3f})"
+                text = f"{row.cell}: {whole} as a whole stage, though not by its steps"
+                found.setdefault(text, []).append(ratio)
+    return [Finding(f"{text}: {'; '.join(of)}", STEPS_LEAVE_OUT) for text, of in found.items()]
+
+
+def copied(ok: Sequence[Record]) -> list[Finding]:
+    """Processes whose times are equal to the bit: no clock does that twice."""
+    known: dict[tuple[str, tuple[float, ...]], set[tuple[str, int]]] = {}
     for record in ok:
-        memory: Mapping[str, Any] = record.get("memory") or {}
-        names = ("torch_allocated_peak_bytes", "torch_reserved_peak_bytes", "device_peak_bytes")
-        for smaller, larger in pairwise(names):
-            low, high = memory.get(smaller), memory.get(larger)
-            if isinstance(low, int) and isinstance(high, int) and low > high:
-                broken[f"{record['stage']}: {smaller} above {larger}"] += 1
+        times = tuple(step["seconds"] for step in record.get("steps") or []) or (record["wall_s"],)
+        if len(times) >= FEWEST_COPIED:
+            name = (record["cell"], record["block"])
+            known.setdefault((record["stage"], times), set()).add(name)
     return [
         Finding(
-            f"{text} in {n} records", "wrong device, dead sampler, or a peak between two samples"
+            f"{stage}: {len(names)} processes have step times equal to the bit, of "
+            f"{'; '.join(sorted({cell for cell, _ in names}))}: copied, not measured",
+            "measure again with a worker that does the work",
         )
-        for text, n in broken.items()
+        for (stage, _), names in known.items()
+        if len(names) > 1
     ]
 
 
@@ -265,6 +347,18 @@ def too_few_repeats(rows: Sequence[Verdict], matrix: Matrix) -> list[Finding]:
 
 
 def from_records(ok: Sequence[Record]) -> list[Finding]:
-    """Warnings the workers wrote themselves, equal ones counted."""
-    counts = Counter(f"{r['stage']}: {text}" for r in ok for text in r.get("warnings") or [])
-    return [Finding(f"{text} ({n} record{'s' * (n > 1)})", "") for text, n in counts.items()]
+    """What the workers wrote themselves and what no record's figures may say; sentences that
+    differ in their figures only are told once, with the first one's.
+    """
+    alike: dict[str, list[str]] = {}
+    for record in ok:
+        for said in dict.fromkeys(
+            [*(record.get("warnings") or []), *invariants.violations(record)]
+        ):
+            text = f"{record['stage']}: {said}"
+            alike.setdefault(FIGURES.sub("#", text), []).append(text)
+    return [
+        Finding(f"{first} ({len(all_)} record{'s' * (len(all_) > 1)})", "")
+        for all_ in alike.values()
+        for first in all_[:1]
+    ]

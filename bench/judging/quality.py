@@ -29,7 +29,9 @@ class Quality:
     trace (training loss) or blocks (loss of a test).
 
     `call`: "worse" (whole interval beyond the margin), "not worse" (interval short of it), "open",
-    or "" where no margin applies (loss of a test) and for the baseline.
+    "missing" (one of the two sides has it and the other not, or of another number of users, so
+    that nothing guards the cell), or "" where no margin applies (loss of a test) and for the
+    baseline.
     """
 
     cell: str
@@ -92,6 +94,11 @@ def fewest_parts(records: Sequence[Mapping[str, Any]]) -> int:
     return min((len(last_losses(r["losses"])) for r in records if r.get("losses")), default=0)
 
 
+def absent(cell: str, stage: str, metric: str) -> Quality:
+    """The row of a metric that the baseline has and the cell, although it was measured, has not."""
+    return Quality(cell, stage, metric, math.nan, call="missing")
+
+
 def compare_training(
     cell: str,
     stage: str,
@@ -102,14 +109,15 @@ def compare_training(
     """The training loss at the end of a fit, paired by part of the trace (equal seeds draw equal
     batches) and averaged over repeats; nothing without a trace.
     """
-    own = fewest_parts(ours)
+    own, others = fewest_parts(ours), fewest_parts(theirs)
+    parts = min(own, others)
     if not own:
-        return []
-    parts = min(own, fewest_parts(theirs))
+        return [absent(cell, stage, TRAINING_LOSS)] if ours and others else []
     mine = loss_parts(ours, parts or own)
     value = math.fsum(mine) / len(mine)
     if not parts:
-        return [Quality(cell, stage, TRAINING_LOSS, value, count=own)]
+        missing = "missing" if theirs else ""
+        return [Quality(cell, stage, TRAINING_LOSS, value, count=own, call=missing)]
     other = loss_parts(theirs, parts)
     mean, low, high = mean_interval([a - b for a, b in zip(mine, other, strict=True)])
     margin = LOSS_MARGIN * abs(math.fsum(other) / len(other))
@@ -129,12 +137,14 @@ def compare(
     """
     rows = []
     for metric in GAINS:
-        if (mine := user_gains(ours, metric)) is None:
+        mine, other = user_gains(ours, metric), user_gains(theirs, metric)
+        if mine is None:
+            rows += [absent(cell, stage, metric)] if ours and other else []
             continue
         value = math.fsum(mine) / len(mine)
-        other = user_gains(theirs, metric)
         if other is None or len(other) != len(mine):
-            rows.append(Quality(cell, stage, metric, value, count=len(mine)))
+            missing = "missing" if theirs else ""
+            rows.append(Quality(cell, stage, metric, value, count=len(mine), call=missing))
             continue
         gaps = [a - b for a, b in zip(mine, other, strict=True)]
         mean, low, high = mean_interval(gaps)

@@ -25,6 +25,7 @@ Kind = Literal[
 two halves of a preflight, a profile, or a short trial of a batch size and the set-up before it."""
 MEASURING = ("measure", "memory_probe")
 """Processes that write a line for each stage."""
+CLOCKS_APART_S = 0.1
 COMPILE = "compile"
 """Phase of a stage whose limit holds for the sum of its visits."""
 WORKER_STATUSES = ("oom_gpu", "oom_host", "import", "driver", "bad_output", "unsupported", "error")
@@ -79,6 +80,8 @@ class Events:
     stages: list[dict[str, Any]] = field(default_factory=list)
     failure: dict[str, Any] | None = None
     ended: bool = False
+    ended_s: float | None = None
+    """When its work was done, by the monotonic clock."""
     damaged: str | None = None
 
     @property
@@ -129,6 +132,7 @@ def _take(line: dict[str, Any], events: Events) -> None:
         events.failure = line
     elif kind == "end":
         events.ended = True
+        events.ended_s = line.get("clock_s")
     else:
         raise ValueError(kind)
 
@@ -142,6 +146,22 @@ def _take_progress(line: dict[str, Any], events: Events) -> None:
         events.visits += 1
         events.entered_s = time_s
     events.progress = line
+
+
+def process_phases(events: Events, begin_s: float, end_s: float) -> dict[str, float]:
+    """Seconds of a process beside its stages, from its start to its end as the parent saw them:
+    `start_up` of the interpreter, `imports`, `device` (made ready, CUDA started), `between_stages`,
+    `tear_down`. Empty where the worker gave no times, or of another clock than ours.
+    """
+    clock = (events.start or {}).get("clock") or {}
+    told = [clock.get(name) for name in ("begun_s", "imported_s", "ready_s")] + [events.ended_s]
+    moments = [begin_s, *(one for one in told if isinstance(one, int | float)), end_s]
+    if len(moments) < len(told) + 2:
+        return {}
+    names = ("start_up", "imports", "device", "between_stages", "tear_down")
+    found = {n: b - a for n, a, b in zip(names, moments, moments[1:], strict=False)}
+    found["between_stages"] -= math.fsum(line["wall_s"] for line in events.stages)
+    return found if min(found.values()) > -CLOCKS_APART_S else {}
 
 
 def name_death(
@@ -226,13 +246,26 @@ def stage_problem(line: dict[str, Any]) -> str | None:
             return f"{line['stage']}: {name} is {type(line.get(name)).__name__}"
     if line["status"] != "ok":
         return f"{line['stage']}: status {line['status']} although the process claims success"
-    figures = [*line["phases"].values(), *line["losses"]]
+    spent, ranks = [*line["phases"].values()], line.get("ranks") or []
     for step in line["steps"]:
-        figures += [step.get(n) for n in ("seconds", "samples")] if isinstance(step, dict) else [""]
-    if not all(isinstance(figure, int | float) for figure in figures):
-        return f"{line['stage']}: a phase, loss or step is no figure"
-    found = nonfinite(line)
-    return f"{line['stage']}: {found}" if found else None
+        spent += [step.get(n) for n in ("seconds", "samples")] if isinstance(step, dict) else [""]
+    if not all(isinstance(figure, int | float) for figure in [*spent, *line["losses"], *ranks]):
+        return f"{line['stage']}: a phase, loss, rank or step is no figure"
+    if found := nonfinite(line) or _impossible(line, [*spent, *ranks]):
+        return f"{line['stage']}: {found}"
+    return None
+
+
+def _impossible(line: Mapping[str, Any], counted: Sequence[float]) -> str | None:
+    """What no clock and no count can show; `counted`: figures that are never below 0."""
+    if line["wall_s"] <= 0:
+        return f"wall_s is {line['wall_s']}"
+    if counted and min(counted) < 0:
+        return f"a phase, rank or step is {min(counted)}, below 0"
+    rows, samples = line["counts"].get("rows"), sum(step["samples"] for step in line["steps"])
+    if isinstance(rows, int) and samples > rows:
+        return f"its steps hold {samples} samples, its counts {rows} rows"
+    return None
 
 
 def failed_stage(job: Job, events: Events) -> str:

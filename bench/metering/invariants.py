@@ -145,24 +145,26 @@ def accumulates(record: Record) -> list[str]:
 def not_given_back(records: Iterable[Record]) -> list[str]:
     """Workers before which a device held more, or less, than before the worker preceding them.
 
-    A difference is a leak, or a program of somebody else that came or went.
+    A difference is a leak, or a program of somebody else that came or went. `records` in the order
+    they were written: a machine's calendar may be set back, the file only grows.
     """
-    by_device: dict[str, dict[tuple[str, int], Record]] = {}
-    for record in sorted(records, key=lambda r: r.get("started") or ""):
+    by_device: dict[str, dict[tuple[str, int, int], Record]] = {}
+    for record in records:
         name = (record.get("device") or {}).get("name")
         if name and "device_baseline_bytes" in _known(record.get("memory") or {}):
-            by_device.setdefault(name, {}).setdefault((record["cell"], record["repeat"]), record)
+            worker = (record["cell"], record["repeat"], record.get("attempt", 0))
+            by_device.setdefault(name, {}).setdefault(worker, record)
     said = []
     for name, workers in by_device.items():
-        for (cell, repeat), (next_cell, next_repeat) in pairwise(workers):
+        for worker, following in pairwise(workers):
             before, after = (
-                workers[worker]["memory"]["device_baseline_bytes"]
-                for worker in ((cell, repeat), (next_cell, next_repeat))
+                workers[one]["memory"]["device_baseline_bytes"] for one in (worker, following)
             )
             if abs(after - before) > TOLERANCE_BYTES:
                 said.append(
-                    f"device {name}: {gib(after)} in use before {next_cell} repeat {next_repeat}, "
-                    f"{gib(before)} before {cell} repeat {repeat}: not given back, or of others"
+                    f"device {name}: {gib(after)} in use before {following[0]} repeat "
+                    f"{following[1]}, {gib(before)} before {worker[0]} repeat {worker[1]}: "
+                    "not given back, or of others"
                 )
     return said
 

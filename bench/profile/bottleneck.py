@@ -16,18 +16,21 @@ from bench.profile.arithmetic import guessed_attention_share, rates
 STEPPING = ("train_steps", "evaluation", "outputs", "steps")
 """Phases made of steps."""
 LARGE_PHASE = 0.5
-WORTH_WORKERS = 0.05
+WORTH_WORKERS = 0.02
+"""The usual floor: a smaller gain is not worth acting on."""
 DATA_BOUND = 0.1
 HOST_BOUND = 0.9
 FILLED = 0.5
 """Of a ceiling; below half of both a step is made of something else than work for the machine."""
 NO_PROCESSOR = 0.7
 """CPU time / time of a step below which something kept the process waiting."""
-SMALL_ATTENTION, LITTLE_TIME = 0.02, 0.05
-"""Shares of the arithmetic and of the time. Arithmetic alone may deceive: a bad kernel is slow at
-little of it."""
-ATTENTION = ("scaled_dot_product", "flash_attn", "softmax", "aten::bmm")
-"""Parts of the names of its operators; nothing else in the models here has batched products."""
+LITTLE_ATTENTION = 0.02
+"""Of the time, or of the arithmetic; that alone may deceive: a bad kernel is slow at little of it.
+"""
+FUSED = ("scaled_dot_product", "flash_attn")
+ATTENTION = (*FUSED, "softmax", "aten::bmm")
+"""Parts of the names of its operators; nothing else in the models here has batched products. Eager
+attention has masks, scalings and copies beside them, which look like anybody's."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class Shares:
     attention: float | None = None
     """Of the arithmetic."""
     attention_time: float | None = None
-    """Of the traced steps."""
+    """Of the traced steps, in the operators known to be its own."""
+    fused: bool = False
+    """Those are all of it."""
     guessed: bool = False
     """The share of attention is a guess from the batch's shape."""
 
@@ -78,6 +83,7 @@ def shares(stage: str, records: Sequence[Record], profile: Record | None = None)
     if measured.attention_share is not None:
         known |= {"attention": measured.attention_share, "guessed": False}
         known["attention_time"] = attention_time(operators) if operators else None
+        known["fused"] = any(part in one["name"] for one in operators for part in FUSED)
     return Shares(**known)
 
 
@@ -194,15 +200,18 @@ def _wait(known: Shares) -> str:
 
 
 def _attention(known: Shares) -> str:
+    """That a kernel cannot matter is claimed of a measured time only, and only of a whole one."""
     if known.attention is None:
         return ""
     about = "about " if known.guessed else ""
     said = f"attention is {about}{percent(known.attention)} of the arithmetic"
-    small = known.attention < SMALL_ATTENTION
-    if known.attention_time is not None:
-        said += f" and {percent(known.attention_time)} of the time"
-        small = known.attention_time < LITTLE_TIME
-    return f"{said}: its kernel cannot matter here" if small else said
+    if known.attention_time is None:
+        is_little = known.attention < LITTLE_ATTENTION
+        return f"{said}: little to gain, unless its kernel is a bad one" if is_little else said
+    least = "" if known.fused else "at least "
+    said += f" and {least}{percent(known.attention_time)} of the time"
+    is_little = known.fused and known.attention_time < LITTLE_ATTENTION
+    return f"{said}: its kernel cannot matter here" if is_little else said
 
 
 def percent(share: float | None) -> str:

@@ -18,6 +18,9 @@ SHAPES = frozenset({"inputs_embeds.shape", "attention_mask", "attention_mask.sha
     "batch_shapes",
     "length_variance",
 }
+ROWS = SHAPES | {"rows"}
+CHOOSING_ROWS = ("data.", "train.max_epochs", "train.max_steps")
+"""Settings, or how they begin, that rightly change how many rows are worked on."""
 WEIGHT_TYPES = frozenset({"param_dtypes.trainable", "param_dtypes.frozen"})
 # What a setting rightly changes beside its own proof. Whatever else differs is a second difference.
 EXPECTED_FACTS: dict[str, frozenset[str]] = {
@@ -46,7 +49,7 @@ EXPECTED_FACTS: dict[str, frozenset[str]] = {
     "train.trainer": frozenset({"trainer", "lightning_imported"}),
     # Each process sees its own rows of a batch.
     "train.devices": SHAPES | {"world_size", "backend", "strategy"},
-    "train.strategy": frozenset({"strategy"}),
+    "train.strategy": frozenset({"strategy", "frozen_here"}),
     "machine.image": frozenset({"image", "torch_cuda"}),
     "machine.allocator_conf": frozenset({"allocator_settings", "env"}),
     "machine.env": frozenset({"allocator_settings", "env"}),
@@ -75,6 +78,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "cache": (),
 }
 LABELS = {
+    "rows": "rows worked on:",
+    "warmup": "steps left out as warm-up:",
     "gemm_dtypes": "matrix products in",
     "param_dtypes.trainable": "trained weights held in",
     "param_dtypes.frozen": "frozen weights that are not packed held in",
@@ -100,9 +105,9 @@ def second_differences(changed: Iterable[str], cell: Record, baseline: Record) -
     """
     expected = set(CONSEQUENCES)
     for name in changed:
-        expected |= SHAPES if name.startswith("data.") else frozenset()
+        expected |= ROWS if name.startswith(CHOOSING_ROWS) else frozenset()
         expected |= EXPECTED_FACTS.get(name, frozenset())
-    ours, theirs = compared(cell.get("facts") or {}), compared(baseline.get("facts") or {})
+    ours, theirs = compared(seen_in(cell)), compared(seen_in(baseline))
     found = []
     for name in sorted((ours.keys() & theirs.keys()) - expected):
         mine, other = ours[name], theirs[name]
@@ -110,6 +115,13 @@ def second_differences(changed: Iterable[str], cell: Record, baseline: Record) -
             label = LABELS.get(name, f"{name}:").format(by=by_whom(cell, baseline))
             found.append(f"{label} {described(mine)}, baseline {described(other)}")
     return found
+
+
+def seen_in(record: Record) -> dict[str, Any]:
+    """The facts of a record, with how many rows its stage worked on and what it leaves out."""
+    more = {"rows": (record.get("counts") or {}).get("rows"), "warmup": record.get("warmup_steps")}
+    known = {name: value for name, value in more.items() if value is not None}
+    return {**(record.get("facts") or {}), **known}
 
 
 def by_whom(cell: Record, baseline: Record) -> str:

@@ -5,16 +5,25 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.proving.proved import Facts, Proved, Settings, missing, several, together, unknown
+from bench.proving.proved import (
+    Facts,
+    Proved,
+    Settings,
+    mebibytes,
+    missing,
+    several,
+    together,
+    unknown,
+)
 
 ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 STRATEGIES = {
     "none": "SingleDeviceStrategy",
     "auto": "DDPStrategy",
     "ddp": "DDPStrategy",
-    "fsdp": "FSDPStrategy",
+    "fsdp": "Sharded",
 }
-"""What Lightning calls them."""
+"""The class of Lightning's strategy."""
 IMAGE_CUDA = {"cu118": "11.8", "cu121": "12.1"}
 
 
@@ -100,12 +109,19 @@ def prove_devices(value: int | str, facts: Facts, settings: Settings) -> Proved:
 
 
 def prove_strategy(value: str, facts: Facts, settings: Settings) -> Proved:
-    """The class that shared the work out."""
+    """The class that shared the work out; under fsdp this process holds a part of the weights."""
     if missing(facts, "strategy"):
         return unknown(value, "strategy")
     alone = facts.get("world_size") == 1
-    expected = STRATEGIES["none" if alone and value == "auto" else value]
-    return Proved(facts["strategy"] == expected, value, str(facts["strategy"]))
+    right = facts["strategy"] == STRATEGIES["none" if alone and value == "auto" else value]
+    observed = str(facts["strategy"])
+    if held := facts.get("frozen_here"):
+        right &= (held["bytes"] < held["whole_bytes"]) == (value == "fsdp")
+        whole = mebibytes(held["whole_bytes"])
+        observed += f", {mebibytes(held['bytes'])} of {whole} frozen weights here"
+    elif value == "fsdp":
+        return unknown(value, "frozen weights of this process")
+    return Proved(right, value, observed)
 
 
 def prove_image(value: str, facts: Facts, settings: Settings) -> Proved:

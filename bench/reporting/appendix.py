@@ -8,7 +8,7 @@ from bench.judging.comparisons import flat
 from bench.judging.judgement import Judgement
 from bench.matrix import Cell, Matrix
 from bench.reporting.strings import LANGUAGES, Words
-from bench.reporting.tables import gib, plain, table
+from bench.reporting.tables import figure, gib, plain, table
 from core import config
 
 ALL = {"data.limit_data_rows": -1, "data.limit_eval_users": -1, "train.max_steps": -1}
@@ -24,6 +24,7 @@ UNTOLD = (
     "largest",
     "resumed",
     "pid",
+    "calibration",
 )
 """Parts of machine.json too long or too private to the machine for the report."""
 
@@ -58,11 +59,14 @@ def machine_table(machine: Mapping[str, Any], say: Words) -> str:
 
 
 def listings(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and content of what is too long for the table: variables and packages."""
+    """Name and content of what is too long for the table: variables, packages, the kernels that
+    say how fast the machine was.
+    """
+    kernels = (machine.get("calibration") or {}).get("kernels") or {}
+    timed = {name: f"{figure(1000 * one['seconds'])} ms" for name, one in kernels.items()}
+    found = {name: machine.get(name) for name in ("variables", "packages")} | {"calibration": timed}
     return [
-        (name, ", ".join(f"{k} {v}" for k, v in machine[name].items()))
-        for name in ("variables", "packages")
-        if machine.get(name)
+        (name, ", ".join(f"{k} {v}" for k, v in of.items())) for name, of in found.items() if of
     ]
 
 
@@ -75,6 +79,8 @@ def readable(name: str, value: Any) -> str:
     """A value as text, bytes as GiB."""
     if name.endswith("_bytes") and isinstance(value, int):
         return f"{gib(value)} GiB"
+    if isinstance(value, float):
+        return figure(value)
     return plain(".".join(map(str, value)) if isinstance(value, list) else value)
 
 

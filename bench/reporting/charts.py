@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.judging.judgement import BASELINE, Verdict
 from bench.reporting.strings import Words
-from bench.reporting.tables import call
+from bench.reporting.tables import call, interval
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -48,7 +48,11 @@ TICKS = (
     0.7,
     0.8,
     0.9,
+    0.95,
+    0.98,
     1,
+    1.02,
+    1.05,
     1.1,
     1.25,
     1.5,
@@ -83,12 +87,13 @@ def ratio_chart(rows: Sequence[Verdict], floor: float, say: Words) -> Figure:
     )
     axes.axvspan(1 / (1 + floor), 1 + floor, color="#d0d7de", alpha=0.6, linewidth=0)
     axes.axvline(1, color="black", linewidth=1.2)
+    ends = limits(rows, floor)
     for row, place in zip(rows, places, strict=True):
-        draw_row(axes, row, place, say)
-    ratio_axis(axes, *limits(rows, floor))
+        draw_row(axes, row, place, ends, say)
+    ratio_axis(axes, *ends)
     axes.set_ylim(sum(heights), 0)
     axes.set_yticks(places, labels)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=7)  # an arrow fits in
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.set_xlabel(say("chart.ratio", floor=f"{100 * floor:g}"))
@@ -104,8 +109,10 @@ def ratio_axis(axes: Any, low: float, high: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def draw_row(axes: Any, row: Verdict, place: float, say: Words) -> None:
-    """Bar from 1 to the ratio, whiskers over the interval, figures in words on the right."""
+def draw_row(axes: Any, row: Verdict, place: float, ends: tuple[float, float], say: Words) -> None:
+    """Bar from 1 to the ratio, whiskers over the interval, figures in words on the right; a whisker
+    that leaves the plot at one of its ends has an arrow there.
+    """
     beside = {"transform": axes.get_yaxis_transform(), "va": "center", "clip_on": False}
     if row.ratio is None:
         axes.text(1.03, place, call(row, say), color=OTHER_COLOUR, **beside)
@@ -116,7 +123,13 @@ def draw_row(axes: Any, row: Verdict, place: float, say: Words) -> None:
     if row.low is not None and row.high is not None:
         axes.hlines(place, row.low, row.high, color="black", linewidth=1.2)
         axes.vlines([row.low, row.high], place - 0.14, place + 0.14, color="black", linewidth=1.2)
-        words += f" [{row.low:.3f}, {row.high:.3f}]"
+        for end, leaves, arrow in (
+            (ends[0], row.low < ends[0], "<"),
+            (ends[1], row.high > ends[1], ">"),
+        ):
+            if leaves:
+                axes.plot(end, place, arrow, color="black", markersize=5, clip_on=False)
+        words += f" [{interval(row.low, row.high, ', ')}]"
     axes.text(1.03, place, f"{words}  {row.call}", color=colour, **beside)
 
 

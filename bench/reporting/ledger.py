@@ -47,19 +47,23 @@ def told(sentence: str, say: Words) -> str:
 
 def outside_stages(own: Sequence[Record], say: Words) -> list[str]:
     """What a whole process took beside its measured stages: no timer of a stage sees that."""
-    whole = {r["repeat"]: r["process_wall_s"] for r in own if r.get("process_wall_s")}
-    if not whole:
+    known = {r["repeat"]: r for r in own if r.get("process_wall_s")}
+    if not known:
         return []
-    inside = mean(sum(r["wall_s"] for r in own if r["repeat"] == repeat) for repeat in whole)
-    process = mean(whole.values())
-    return [
-        say(
-            "ledger.outside",
-            process=figure(process),
-            outside=figure(process - inside),
-            percent=f"{100 * (process - inside) / process:.0f}",
-        )
-    ]
+    inside = mean(sum(r["wall_s"] for r in own if r["repeat"] == repeat) for repeat in known)
+    process = mean(record["process_wall_s"] for record in known.values())
+    said = say(
+        "ledger.outside",
+        process=figure(process),
+        outside=figure(process - inside),
+        percent=f"{100 * (process - inside) / process:.0f}",
+    )
+    phases = [record.get("process_phases") or {} for record in known.values()]
+    if not all(phases):
+        return [said]
+    named = {name: mean(found.get(name, 0.0) for found in phases) for name in phases[0]}
+    parts = say("joint").join(f"{name} {figure(seconds)} s" for name, seconds in named.items())
+    return [said, say("ledger.process", parts=parts)]
 
 
 def mean(values: Iterable[float]) -> float:

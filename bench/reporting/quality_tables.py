@@ -24,21 +24,21 @@ def quality_table(rows: Sequence[Quality], say: Words) -> str:
     for row in rows:
         by_cell.setdefault(row.cell, {})[row.metric] = row
     metrics = list(dict.fromkeys(row.metric for row in rows))
-    head = [say("head.cell")]
+    head = [say("head.cell"), say("head.guard")]
     for metric in metrics:
         head += [say.foreign(metric), say("head.difference")]
     lines = []
     for cell, found in by_cell.items():
-        line = [named(cell)]
+        line = [named(cell), guard([q.call for q in found.values()], say)]
         for metric in metrics:
             line += quality_cells(found.get(metric), say)
-        lines.append([*line, guard([q.call for q in found.values()], say)])
-    return table([*head, say("head.guard")], lines)
+        lines.append(line)
+    return table(head, lines)
 
 
 def guard(calls: Sequence[str], say: Words) -> str:
     """The worst call of a cell's metrics in words."""
-    worst = next((c for c in ("worse", "open", "not worse") if c in calls), None)
+    worst = next((c for c in ("worse", "missing", "open", "not worse") if c in calls), None)
     return say(f"guard.{worst.replace(' ', '_')}") if worst else "–"
 
 
@@ -47,9 +47,9 @@ def quality_cells(row: Quality | None, say: Words) -> list[str]:
     if row is None:
         return ["–", "–"]
     if row.difference is None or row.low is None:
-        return [f"{row.value:.4f}", "–"]
+        return ["–" if math.isnan(row.value) else f"{row.value:.4f}", "–"]
     known = math.isfinite(row.low)
-    bounds = f" ({signed(row.low)}{say('to')}{signed(row.high)})" if known else ""
+    bounds = f"<br>({signed(row.low)}{say('to')}{signed(row.high)})" if known else ""
     return [f"{row.value:.4f}", f"{signed(row.difference)}{bounds}"]
 
 

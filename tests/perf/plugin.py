@@ -176,6 +176,9 @@ def pytest_terminal_summary(
     elif not ledger.accepting:
         for text in ledger.complaints:
             say(f"perf: {text}")
+        if ledger.unjudged:
+            reason = next(iter(ledger.unjudged.values()))
+            say(f"perf: TIMES NOT GUARDED ({len(ledger.unjudged)} ratios; {reason}): counters only")
         say(f"perf: page {config.getoption('--perf-page')}")
     elif exitstatus != 0:
         say("perf: nothing accepted: a test failed")
