@@ -82,8 +82,8 @@ def cells(one: Found) -> list[str]:
             one.word, plain(notes)]  # fmt: skip
 
 
-def render(found: Sequence[Found], command: str, profiles: Sequence[tuple[str, str]] = ()) -> str:
-    """The page: what was reached, the lines of each goal, profiles of what was missed."""
+def render(found: Sequence[Found], command: str, left: Sequence[str] = ()) -> str:
+    """The page: what was reached, the lines of each goal; `left`: goals not yet measured."""
     here = environment()
     versions = ", ".join(f"{name} {installed_version(name)}" for name in PACKAGES)
     git = here["git"] or {}
@@ -111,10 +111,9 @@ def render(found: Sequence[Found], command: str, profiles: Sequence[tuple[str, s
         "Of {} goals: {}.".format(
             len(judged), ", ".join(f"{n} {word.lower()}" for word, n in counts.items())
         ),
+        *([f"**Not finished**: {', '.join(left)} were not measured."] if left else []),
         table(head, [cells(one) for one in found]),
     ]
-    for title, text in profiles:
-        parts += [f"## Profile: {plain(title)}", f"```\n{text.rstrip()}\n```"]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
