@@ -327,15 +327,23 @@ def padding(batch_sizes: tuple[int, ...] = (16, 64)) -> Iterator[Found]:
                 yield _padding(world, name, size, batching)
 
 
-def _padding(world: World, name: str, size: int, batching: Batching) -> Found:
-    wasted = {}
+def planned_tokens(world: World, size: int, batching: Batching) -> dict[str, int]:
+    """Tokens of an epoch over all samples: the `real` ones, and with the padding of `training` and
+    of `evaluation`.
+    """
     shown = prompts_of(world.queries, world.max_history, world.mode)
     states = torch.zeros(len(gate_queries(shown)), 1)
+    found = {"real": int(shown.lengths(world.pieces).sum())}
     for kind, seed in (("training", 0), ("evaluation", None)):
         batches = GatedPrompts(states, world.pieces, shown, size, batching=batching, seed=seed)
         grids = (batches.plan.grid(i, batches.lengths) for i in range(len(batches)))
-        made = sum(grid.rows * grid.width for grid in grids)
-        wasted[kind] = made / int(batches.lengths.sum()) - 1
+        found[kind] = sum(grid.rows * grid.width for grid in grids)
+    return found
+
+
+def _padding(world: World, name: str, size: int, batching: Batching) -> Found:
+    tokens = planned_tokens(world, size, batching)
+    wasted = {kind: tokens[kind] / tokens["real"] - 1 for kind in ("training", "evaluation")}
     kind = max(wasted, key=lambda key: wasted[key])
     return Found(
         f"padding, {name}, {world.max_history} items, batches of {size}, {batching}",

@@ -20,11 +20,16 @@ from perf.found import Found
 from perf.world import World
 
 BLOCKS, PAGE = 5, Path("reports/goals.md")
-WORLD = World()
-ONE_USER = World(whole_users=1, synthetic=SyntheticSettings(users=20, items=2400, mean_length=100))
+WORLD, LONG = World(), World(max_history=50)
+ONE_USER = World(
+    max_history=50,
+    whole_users=1,
+    synthetic=SyntheticSettings(users=20, items=2400, mean_length=100),
+)
 Goal = Callable[[int], Iterator[Found]]
 GOALS: Mapping[str, Goal] = {
     "training": lambda blocks: goal_teacher.training(WORLD, blocks),
+    "long": lambda blocks: goal_teacher.training(LONG, blocks),
     "evaluation": lambda blocks: goal_teacher.evaluation(WORLD, blocks),
     "ranking": goal_parts.full_ranking,
     "layer": goal_parts.gated_layer,

@@ -53,7 +53,7 @@ class World:
     prompts: int = 64
     """Of a training step, of an evaluation and of the outputs."""
     batch_size: int = 8
-    max_history: int = 50
+    max_history: int = TeacherSettings.model_fields["max_history"].default
     synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
     experts: int = 4
     rank: int = 16
@@ -79,10 +79,9 @@ class World:
             outputs_top_k=TOP_K,
             mode=self.mode,
         )
-        student = StudentSettings(max_length=max(50, self.max_history))
         return Settings(
             data=DataSettings(synthetic=self.synthetic, batching=self.batching),
-            student=student,
+            student=StudentSettings(max_length=max(50, self.max_history)),
             teacher=given,
             train=TrainSettings(batch_size=self.batch_size),
         )
