@@ -8,7 +8,7 @@ y = W0 x + s Σ_k g_k B_k A_k x, s = alpha / (R/K), is one multiply between A an
 iLoRA, NeurIPS 2024): B · diag(s · repeat(g, R/K)) · A. It holds for dense and 4-bit layers alike.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -136,27 +136,68 @@ class GatedLinear(LoraVariant):
 
     def __init__(self, gate: RankGate):
         self.gate = gate
+        self.rounded: tuple[Tensor, Tensor] | None = None
+        """A and B as `round_adapters` holds them; None: as they are."""
 
     def forward(
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """Output (..., d_out) of the layer whose base layer gave `result` for `x` (..., d_in)."""
-        first, second = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        first, second = self.rounded or (
+            module.lora_A[active_adapter].weight,
+            module.lora_B[active_adapter].weight,
+        )
         # Some backbones flatten (B, T, d) to (B·T, d) before a layer; both have a row per token.
         x_MD = module.lora_dropout[active_adapter](x).flatten(0, -2)
         if not torch.is_autocast_enabled(x.device.type):
-            x_MD = x_MD.to(first.weight.dtype)
-        low_MR = self.gate.applied(F.linear(x_MD, first.weight))
+            x_MD = x_MD.to(first.dtype)
+        low_MR = self.gate.applied(F.linear(x_MD, first))
         if result.dtype != low_MR.dtype:  # behind a norm that peft holds in fp32
-            return result + F.linear(low_MR, second.weight).view_as(result)
+            return result + F.linear(low_MR, second).view_as(result)
         # Out of place: behind a layer with a bias the in-place form makes autograd copy.
-        added = torch.addmm(result.flatten(0, -2), low_MR, second.weight.t())
+        added = torch.addmm(result.flatten(0, -2), low_MR, second.t())
         return added.view_as(result)
 
     def _refuse(self, *_: Any, **__: Any) -> None:
         raise RuntimeError("iLoRA: every instance has its own mixture; there is nothing to merge")
 
     merge_safe = merge_unsafe = unmerge = _refuse
+
+
+class _Rounded(torch.autograd.Function):
+    """All tensors in another dtype: one operation for all of them, and one for their gradients."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        return _all_in(dtype, tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_all_in(ctx.dtype, gradients)
+
+
+def _all_in(dtype: torch.dtype, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    sizes = [tensor.numel() for tensor in tensors]
+    parts = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device).split(sizes)
+    copies = tuple(part.view(t.shape) for part, t in zip(parts, tensors, strict=True))
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def round_adapters(layers: Sequence[LoraLayer], dtype: torch.dtype | None) -> None:
+    """Have the adapters of the coming forward in `dtype`; gradients reach their fp32 weights.
+
+    Autocast does the same weight by weight, twice a layer and twice again in the backward: several
+    hundred small operations a step. None leaves it to autocast.
+    """
+    weights = [(x.lora_A["default"].weight, x.lora_B["default"].weight) for x in layers]
+    copies = None
+    if dtype is not None:
+        copies = _Rounded.apply(dtype, *(weight for pair in weights for weight in pair))
+    for index, layer in enumerate(layers):
+        pair = None if copies is None else (copies[2 * index], copies[2 * index + 1])
+        layer.lora_variant["default"].rounded = pair
 
 
 def token_factors(gate_GK: Tensor, gate_rows_M: Tensor, settings: TeacherSettings) -> Tensor:

@@ -45,6 +45,7 @@ class Teacher(nn.Module):
         self.gate = ilora.RankGate()
         self.checkpointing_by = ilora.recompute_layers(backbone, teacher, self.gate)
         self.backbone = ilora.add_adapters(backbone, teacher, self.gate)
+        self.adapted = ilora.adapted_layers(self.backbone)
         # A list keeps the frozen encoder out of parameters(), state_dict() and train().
         self._encoder = [encoder.to(device).eval().requires_grad_(False)]
         self.router = ilora.build_router(teacher, table.shape[1])
@@ -104,6 +105,7 @@ class Teacher(nn.Module):
         )
         gate_GK = ilora.gate_weights(self.router, batch["states"])
         factors_MR = ilora.token_factors(gate_GK, batch["gate_rows"], self.adapters)
+        ilora.round_adapters(self.adapted, self._rounded_to(embeds_RLH))
         watch = (observer or Observer()).backbone()
         with watch, self.gate.bound(factors_MR.to(embeds_RLH.dtype)):
             hidden_RLH = self.last_hidden(embeds_RLH, batch["layout"])
@@ -114,6 +116,13 @@ class Teacher(nn.Module):
             "first_layer_calls": self.execution.first_layer_calls,
         }
         return hidden_RLH.flatten(0, 1)[batch["readout"]]
+
+    def _rounded_to(self, embeds_RLH: Tensor) -> torch.dtype | None:
+        """The dtype autocast would give fp32 adapters; compiled code rounds them itself."""
+        kind = embeds_RLH.device.type
+        if self.execution.mode != "off" or not torch.is_autocast_enabled(kind):
+            return None
+        return torch.get_autocast_dtype(kind)
 
     def last_hidden(self, embeds_RLH: Tensor, layout: Tensor | None = None) -> Tensor:
         """Last hidden states of the backbone, (R, L, H); without a layout each row is one prompt.
@@ -345,7 +354,7 @@ def item_embeddings(teacher: Teacher, pieces: Pieces, batch_size: int = 256) -> 
 
 def describe(teacher: Teacher, observer: Observer) -> None:
     """Facts of the built model: what is adapted, how it is held, which attention it will run."""
-    adapted = ilora.adapted_layers(teacher.backbone)
+    adapted = teacher.adapted
     frozen = [p for p in teacher.parameters() if not p.requires_grad]
     config = teacher.backbone.config
     observer.facts.update(

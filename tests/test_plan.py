@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from perf.counters import Operators
 from tiny import FAMILIES, close, pieces, queries
 
 from core import data, llm, plan, prompts, teacher
@@ -128,6 +129,23 @@ def test_packing_changes_no_gradient(mode):
     for name, gradient in found["grouped"].items():
         assert gradient.any(), name
         assert close(found["packed"][name], gradient, 1e-4), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("candidates", [20, 2048])
+def test_a_step_asks_the_device_nothing(mode, batching, candidates):
+    """Whatever is read back ends the overlap of host and device; so would operators whose result
+    has a size that only the device knows.
+    """
+    chosen = settings(mode, batching, train_candidates=candidates, distill_lambda=0.1)
+    model = tiny.teacher(chosen).train()
+    batch = tiny.batches(model, chosen, 12, seed=1)[0]
+    with Operators() as operators:
+        teacher.training_loss(model, batch, chosen, 0.1, Observer()).backward()
+    asking = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim"}
+    assert operators.names.total() > 200
+    assert not asking & set(operators.names)
 
 
 def rows_of_packed() -> dict[str, np.ndarray]:

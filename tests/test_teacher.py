@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from perf.counters import Operators
 from tiny import FAMILIES, close, encoder, pieces, prepared, queries
 from transformers import AutoConfig, AutoModel
 
@@ -140,6 +141,39 @@ def test_checkpointing_changes_no_gradient_of_the_teacher(adapter, batches):
     for name, gradient in plain.items():
         assert gradient is not None and gradient.any(), name
         assert close(found[name], gradient, 1e-5), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed"])
+def test_adapters_rounded_together_train_as_under_autocast(
+    monkeypatch, precision, adapter, checkpointing
+):
+    given = {"adapter": adapter, "gradient_checkpointing": checkpointing}
+    model, settings = build(precision=precision, **given)
+    found = trained_gradients(model, settings, [ROWS], precision)
+    monkeypatch.setattr(teacher.Teacher, "_rounded_to", lambda *_: None)
+    model, settings = build(precision=precision, **given)
+    wanted = trained_gradients(model, settings, [ROWS], precision)
+    for name, gradient in wanted.items():
+        assert found[name].dtype == torch.float32
+        assert close(found[name], gradient, 1e-5), name
+
+
+def test_rounding_adapters_is_one_operation_each_way():
+    """And not four for every layer."""
+    counted = {}
+    for rounded in (True, False):
+        model, settings = build(precision="bf16-mixed", target_modules=("q_proj", "fc1"))
+        if not rounded:
+            model._rounded_to = lambda _: None
+        batch = tiny.batch(model.train(), settings, ROWS)
+        with Operators() as operators, autocast("bf16-mixed", tiny.CPU):
+            teacher.training_loss(model, batch, settings, 0.0, Observer()).backward()
+        counted[rounded] = operators.names["_to_copy"], operators.names["_foreach_copy_"]
+    layers = 4
+    assert counted[True][1] == 2
+    assert counted[False] == (counted[True][0] + 4 * layers, 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-true"])
