@@ -90,7 +90,7 @@ def training(world: World, blocks: int) -> Iterator[Found]:
     works["now, packed"] = present.training_step(replace(world, batching="packed"), now)
     seconds = rounds(works, blocks)
     yield timed(
-        f"teacher training step, {world.preset}, {world.prompts} prompts, {world.max_history} items",
+        f"training step, {world.preset}, {world.prompts} prompts, {world.max_history} items",
         "old way",
         5,
         paired(seconds["old way"], seconds["now"]),
