@@ -37,6 +37,7 @@ PACKAGES = (
     "bitsandbytes",
     "flash_attn",
     "accelerate",
+    "torchao",
     "pytorch-lightning",
     "tokenizers",
     "safetensors",
@@ -74,6 +75,9 @@ SHARDING_TORCH = (2, 7)
 """First version whose `fully_shard` takes `ignored_params`."""
 LEAST_CAPABILITY = (8, 0)
 """First CUDA capability with bfloat16 and TF32 products and FlashAttention-2 kernels (Ampere)."""
+
+FLOAT8_CAPABILITY = (8, 9)
+"""First with float8 products (Ada)."""
 
 Machine = dict[str, Any]
 
@@ -158,12 +162,31 @@ def _attention_problem(settings: Settings, machine: Mapping[str, Any], on_gpu: b
 
 def _precision_problem(settings: Settings, machine: Mapping[str, Any], on_gpu: bool) -> str | None:
     precision = settings.train.precision
+    if precision == "fp8":
+        return _float8_problem(machine, on_gpu)
     if precision == "tf32" and not on_gpu:
         return "train.precision=tf32: the CPU has no TF32 products; fp32 runs here"
     instead = {"tf32": "fp32", "bf16-mixed": "fp16-mixed", "bf16-true": "fp16-true"}.get(precision)
     capability = _capability(machine)
     if instead and on_gpu and capability and capability < LEAST_CAPABILITY:
         return f"train.precision={precision}: {_too_old(capability)}; {instead} runs here"
+    return None
+
+
+def _float8_problem(machine: Mapping[str, Any], on_gpu: bool) -> str | None:
+    """Float8 products begin with Ada; torchao is an extra of its own."""
+    if not on_gpu:
+        return "train.precision=fp8: the CPU has no float8 products; bf16-mixed runs here"
+    capability = _capability(machine)
+    if capability and capability < FLOAT8_CAPABILITY:
+        reason = _too_old(capability, FLOAT8_CAPABILITY)
+        instead = "bf16-mixed" if capability >= LEAST_CAPABILITY else "fp16-mixed"
+        return f"train.precision=fp8: {reason}; {instead} runs here"
+    if not machine["packages"].get("torchao"):
+        return (
+            "train.precision=fp8: torchao is not installed; pip install 'ilora-bench[fp8]'; "
+            "bf16-mixed runs here"
+        )
     return None
 
 
@@ -202,8 +225,9 @@ def _capability(machine: Mapping[str, Any]) -> tuple[int, int] | None:
     return (found[0], found[1]) if isinstance(found, list) else None
 
 
-def _too_old(capability: tuple[int, int]) -> str:
-    return f"needs CUDA capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+def _too_old(capability: tuple[int, int], least: tuple[int, int] = LEAST_CAPABILITY) -> str:
+    needed, found = (f"{major}.{minor}" for major, minor in (least, capability))
+    return f"needs CUDA capability {needed}, this GPU has {found}"
 
 
 def brief() -> Machine:

@@ -7,6 +7,7 @@ downloaded.
 """
 
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -63,10 +64,13 @@ WEIGHT_DTYPES = {
     "bf16-true": torch.bfloat16,
     "fp16-mixed": torch.float16,
     "fp16-true": torch.float16,
+    "fp8": torch.bfloat16,
 }
 """How the frozen backbone is stored. Mixed forms keep fp32 for what is trained; a frozen weight
 needs no master.
 """
+FLOAT8_CAPABILITY, FLOAT8_MULTIPLE = (8, 9), 16
+"""First CUDA capability with float8 products (Ada), and what divides their dimensions."""
 
 
 def load_tokenizer(name: str, texts: list[str]):
@@ -86,9 +90,11 @@ def load_backbone(
     """The transformer without its LM head, frozen, on the device, in the dtype `precision` asks
     for.
 
-    `qlora` holds its linear layers in NF4. Presets draw their weights with `seed`; the global
-    generator is untouched.
+    `qlora` holds its linear layers in NF4, `fp8` multiplies in float8. Presets draw their weights
+    with `seed`; the global generator is untouched. Raises InputError where float8 cannot run.
     """
+    if precision == "fp8" and (problem := float8_problem(device)):
+        raise InputError(f"train.precision: fp8: {problem}")
     name, dtype = settings.llm_model_name, WEIGHT_DTYPES[precision]
     config = preset_config(name) if name in PRESETS else _hub(AutoConfig.from_pretrained, name)
     # The frozen base runs without dropout; what is trained has its own (`lora_dropout`).
@@ -117,6 +123,8 @@ def load_backbone(
     model.requires_grad_(False)
     model.config.use_cache = False  # the default of calls that do not say; ours do
     _keep_autograd_on_cpu(model)
+    if precision == "fp8":
+        multiply_in_float8(model)
     return model
 
 
@@ -124,6 +132,43 @@ def preset_config(name: str) -> PretrainedConfig:
     """The transformers configuration of a preset."""
     shape = dict(PRESETS[name])
     return AutoConfig.for_model(shape.pop("model_type"), **shape)
+
+
+def float8_problem(device: torch.device) -> str | None:
+    """Why products cannot run in float8 on a device, None where they can."""
+    if device.type != "cuda":
+        return "the CPU has no float8 products; use bf16-mixed"
+    found = torch.cuda.get_device_capability(device)
+    if found < FLOAT8_CAPABILITY:
+        return f"needs CUDA capability 8.9, this GPU has {found[0]}.{found[1]}; use bf16-mixed"
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed; pip install 'ilora-bench[fp8]', or use bf16-mixed"
+    return None
+
+
+def multiply_in_float8(model: nn.Module, emulate: bool = False) -> None:
+    """Have the linear layers of a frozen backbone multiply in float8, before adapters are added.
+
+    torchao casts both factors when they meet, with a scale for each tensor; weights stay as they
+    are stored. `emulate` multiplies the rounded numbers in float32, where there are no float8
+    products: for tests.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    # The gradient of a weight has the tokens as its inner dimension, which may be any number.
+    config = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
+    convert_to_float8_training(model, config=config, module_filter_fn=_fits_float8)
+
+
+def _fits_float8(layer: nn.Module, name: str) -> bool:
+    """Kernels want both dimensions of a weight in multiples of 16."""
+    return all(size % FLOAT8_MULTIPLE == 0 for size in layer.weight.shape)
+
+
+def float8_layers(model: nn.Module) -> list[nn.Module]:
+    """Linear layers that multiply in float8."""
+    # Named, for torchao need not be installed.
+    return [module for module in model.modules() if type(module).__name__ == "Float8Linear"]
 
 
 def four_bit_layers(model: nn.Module) -> list[nn.Module]:

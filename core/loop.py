@@ -76,12 +76,12 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """The autocast region of a precision setting: mixed forms only, the others run in the weights'
-    dtype.
+    """The autocast region of a precision setting: mixed forms only, `fp8` among them, the others
+    run in the weights' dtype.
     """
-    if not precision.endswith("-mixed"):
+    if not precision.endswith("-mixed") and precision != "fp8":
         return contextlib.nullcontext()
-    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+    dtype = torch.float16 if precision == "fp16-mixed" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype)
 
 

@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GEMMS = {"mm", "addmm", "bmm", "baddbmm", "_addmm_activation"}
-PACKED_GEMMS = {"gemm_4bit", "gemv_4bit"}  # of bitsandbytes: the factor with a dtype comes first
+# Of bitsandbytes and of float8 layers; the factors come first, scales and constants behind them.
+FACTORS_FIRST = {"gemm_4bit", "gemv_4bit", "_scaled_mm"}
 # A fused operator is listed under the name its users know; the eager path shows as `_softmax`.
 ATTENTION = {
     "_scaled_dot_product_flash_attention": "scaled_dot_product_attention",
@@ -83,6 +84,8 @@ class Census(TorchDispatchMode):
         self.inside_backbone = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind.__torch_dispatch__ != torch.Tensor.__torch_dispatch__ for kind in types):
+            return NotImplemented  # a tensor that answers for itself, with operators seen here
         # Inference mode hands over composite operators (linear, matmul) whole; otherwise they have
         # been taken apart already.
         with self:
@@ -96,7 +99,7 @@ class Census(TorchDispatchMode):
                 # The last two tensor operands are the product's; an addmm's first is the bias.
                 factors = [a for a in args if isinstance(a, torch.Tensor)][-2:]
                 self.gemm_dtypes[_name(factors[-1].dtype)] += 1
-            elif name in PACKED_GEMMS:
+            elif name in FACTORS_FIRST:
                 self.gemm_dtypes[_name(args[0].dtype)] += 1
             if name in ATTENTION:
                 self.attention_ops[ATTENTION[name]] += 1

@@ -15,7 +15,7 @@ from typing import get_args
 
 import torch
 
-from core import artefacts, stages
+from core import artefacts, llm, stages
 from core.artefacts import Store
 from core.config import InputError
 from core.loop import float32_products
@@ -203,13 +203,18 @@ def at_work(
 
 
 def choose_device(settings: Settings) -> torch.device:
-    """The device of the run; `auto` takes CUDA where there is one."""
+    """The device of the run; `auto` takes CUDA where there is one. Raises InputError for a device
+    that is not there or cannot do what `train.precision` asks for.
+    """
     wanted = settings.machine.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("machine.device: cuda, but torch sees no CUDA device; use cpu or auto")
-    return torch.device(wanted)
+    device = torch.device(wanted)
+    if settings.train.precision == "fp8" and (problem := llm.float8_problem(device)):
+        raise InputError(f"train.precision: fp8: {problem}")
+    return device
 
 
 def prepare_process(settings: Settings) -> None:

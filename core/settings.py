@@ -18,9 +18,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-Precision = Literal["fp32", "tf32", "bf16-mixed", "bf16-true", "fp16-mixed", "fp16-true"]
+Precision = Literal["fp32", "tf32", "bf16-mixed", "bf16-true", "fp16-mixed", "fp16-true", "fp8"]
 """`tf32`: fp32 weights whose matrix products round to TF32; `-mixed`: autocast; `-true`: 16-bit
-weights and products."""
+weights and products; `fp8`: bf16-mixed whose frozen linear layers multiply in float8, scaled tensor
+by tensor (torchao; GPUs from capability 8.9 on)."""
 StageName = Literal[
     "prepare_data",
     "student_fit",
@@ -396,6 +397,11 @@ class Settings(Section):
             raise ValueError(
                 "data.batching: packed packs the rows of one process; with train.devices above 1 "
                 "use grouped"
+            )
+        if self.train.precision == "fp8" and self.teacher.adapter == "qlora":
+            raise ValueError(
+                "train.precision: fp8 casts the frozen linear layers, which teacher.adapter: qlora "
+                "holds in 4 bit; use lora, or bf16-mixed"
             )
         if self.train.compile == "regional" and self.teacher.use_cache:
             raise ValueError(

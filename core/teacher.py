@@ -341,6 +341,7 @@ def describe(teacher: Teacher, observer: Observer) -> None:
         param_dtypes=parameter_dtypes(teacher),
         layers_adapted=len(adapted),
         layers_4bit=len(llm.four_bit_layers(teacher.backbone)),
+        layers_float8=len(llm.float8_layers(teacher.backbone)),
         adapted_4bit=sum(len(llm.four_bit_layers(layer.base_layer)) for layer in adapted),
         gradient_checkpointing_by=teacher.checkpointing_by,
         frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),

@@ -27,6 +27,8 @@ AMPERE: machine.Machine = {
 }
 TURING = AMPERE | {"gpus": [{"name": "T4", "capability": [7, 5]}]}
 NVML_SILENT = AMPERE | {"gpus": [{"name": "/dev/nvidia0", "nvml": "not found"}]}
+BARE_HOPPER = AMPERE | {"gpus": [{"name": "H100", "capability": [9, 0]}]}
+HOPPER = BARE_HOPPER | {"packages": {"torchao": "0.18"}}
 BARE_GPU = AMPERE | {"packages": {}}
 
 
@@ -57,6 +59,11 @@ def fresh_caches() -> Iterator[None]:
         ("train", "precision", "bf16-mixed", TURING, "has 7.5; fp16-mixed runs here"),
         ("train", "precision", "bf16-true", TURING, "capability 8.0, this GPU has 7.5; fp16-true"),
         ("train", "precision", "bf16-true", CPU, None),
+        ("train", "precision", "fp8", CPU, "the CPU has no float8 products; bf16-mixed runs here"),
+        ("train", "precision", "fp8", TURING, "capability 8.9, this GPU has 7.5; fp16-mixed runs"),
+        ("train", "precision", "fp8", AMPERE, "capability 8.9, this GPU has 8.0; bf16-mixed runs"),
+        ("train", "precision", "fp8", BARE_HOPPER, "torchao is not installed"),
+        ("train", "precision", "fp8", HOPPER, None),
         ("train", "precision", "tf32", CPU, "the CPU has no TF32 products; fp32 runs here"),
         ("train", "precision", "tf32", TURING, "capability 8.0, this GPU has 7.5; fp32 runs here"),
         ("train", "precision", "tf32", AMPERE, None),

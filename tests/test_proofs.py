@@ -22,6 +22,11 @@ BF16_MIXED = {
     "param_dtypes": {"trainable": {"float32": 9}, "frozen": {"bfloat16": 30, "uint8": 8}},
 }
 BF16_TRUE = BF16_MIXED | {"autocast_dtype": None}
+FP8 = BF16_MIXED | {
+    "gemm_dtypes": {"float8_e4m3fn": 12, "bfloat16": 8},
+    "layers_float8": 12,
+    "layers_adapted": 4,
+}
 FP16_MIXED = {
     "gemm_dtypes": {"float16": 40, "float32": 1},
     "autocast_dtype": "float16",
@@ -133,6 +138,12 @@ CASES = [
         QLORA_BF16 | {"quant": QUANT | {"compute_dtype": "float32"}},
     ),
     ("train.precision", "bf16-true", BF16_TRUE, BF16_MIXED),
+    ("train.precision", "fp8", FP8, BF16_MIXED | {"layers_float8": 0, "layers_adapted": 4}),
+    ("train.precision", "fp8", FP8, FP8 | {"layers_float8": 13}),
+    ("train.precision", "fp8", FP8, FP8 | {"layers_float8": 3, "layers_adapted": 4}),
+    ("train.precision", "fp8", FP8, FP8 | {"gemm_dtypes": {"float32": 12, "bfloat16": 8}}),
+    ("train.precision", "fp8", FP8, FP8 | {"gemm_dtypes": {"float8_e4m3fn": 12, "float16": 8}}),
+    ("train.precision", "fp8", FP8, FP8 | {"autocast_dtype": None}),
     (
         "train.precision",
         "bf16-true",
@@ -360,6 +371,8 @@ def test_every_proof_is_broken_by_a_case_and_silence_is_unknown(setting):
         ("train.precision", "tf32", {k: v for k, v in TF32.items() if "matmul" not in k}),
         ("train.precision", "tf32", TF32 | {"gpu_kernels": ["a_kernel_of_tomorrow"]}),
         ("train.precision", "bf16-mixed", BF16_MIXED | QLORA),
+        ("train.precision", "fp8", {k: v for k, v in FP8.items() if k != "layers_float8"}),
+        ("train.precision", "fp8", FP8 | {"gemm_dtypes": {}}),
         ("train.compile", "regional", {"compile": GRAPHS, "steady_steps": 0}),
         ("machine.env", ("A=1",), {"env": {}}),
         ("machine.image", "cu118", {k: v for k, v in IN_CU118.items() if k != "torch_cuda"}),
@@ -378,6 +391,7 @@ def test_every_precision_is_broken_by_every_other():
         "bf16-true": BF16_TRUE,
         "fp16-mixed": FP16_MIXED,
         "fp16-true": FP16_TRUE,
+        "fp8": FP8,
     }
     for asked in facts:
         held = {

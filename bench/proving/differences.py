@@ -26,7 +26,7 @@ WEIGHT_TYPES = frozenset({"param_dtypes.trainable", "param_dtypes.frozen"})
 EXPECTED_FACTS: dict[str, frozenset[str]] = {
     "train.precision": WEIGHT_TYPES
     | {"gemm_dtypes", "autocast_dtype", "float32_matmul_precision", "quant.compute_dtype"}
-    | {"frozen_bytes", "inputs_embeds.dtype", "attention_mask.dtype"},
+    | {"layers_float8", "frozen_bytes", "inputs_embeds.dtype", "attention_mask.dtype"},
     "train.compile": SHAPES | {"compile.mode"},
     "data.batching": SHAPES | {"attention_mask.dtype"},
     "teacher.mode": SHAPES | {"attention_mask.dtype", "gate_use", "micro_batches"},
@@ -184,7 +184,11 @@ PEAKS = {
     "reserved": ("torch_reserved_peak_bytes", "peak of reserved memory"),
 }
 # Bytes of a number and of the weights, as they decide the peak.
-STORED_ALIKE = ({"fp32", "tf32"}, {"bf16-mixed", "fp16-mixed"}, {"bf16-true", "fp16-true"})
+STORED_ALIKE = (
+    {"fp32", "tf32"},
+    {"bf16-mixed", "fp16-mixed", "fp8"},
+    {"bf16-true", "fp16-true"},
+)
 
 
 def expected_effects(setting: str, change: Change, record: Record) -> set[str]:

@@ -23,6 +23,8 @@ PRODUCT_DTYPES = {
     "fp16-mixed": "float16",
     "fp16-true": "float16",
 }
+FLOAT8 = "float8_e4m3fn"
+"""Of both factors of a forward product; gradients have another range of exponents."""
 # Rotary position angles are multiplied in float32 on purpose, once for each forward of the backbone
 # (recomputation may repeat it); every other product must run in the dtype that was asked for.
 FLOAT32_EXCEPTIONS = 2
@@ -38,6 +40,8 @@ FLOAT32_KERNELS = re.compile(r"sgemm|simt|f32f32_f32f32", re.IGNORECASE)
 
 def prove_precision(value: str, facts: Facts, settings: Settings) -> Proved:
     """Operand dtypes of the backbone's products; all else that bears a dtype must agree."""
+    if value == "fp8":
+        return prove_float8(facts)
     dtype, mixed = PRODUCT_DTYPES[value], value.endswith("-mixed")
     requested = f"{dtype} products" + (" under autocast" if mixed else ", autocast off")
     if dtype == "float32":
@@ -64,6 +68,32 @@ def prove_precision(value: str, facts: Facts, settings: Settings) -> Proved:
         holds.append(agrees)
         observed += f", {seen}"
     return Proved(together(holds), requested, observed)
+
+
+def prove_float8(facts: Facts) -> Proved:
+    """A float8 product for each linear layer that was converted, as many layers as are adapted at
+    least, and all else as under bf16-mixed.
+    """
+    requested = "float8 products in all frozen linear layers, bfloat16 products under autocast"
+    products = {name: n for name, n in (facts.get("gemm_dtypes") or {}).items() if n}
+    if not products:
+        return unknown(requested, "matrix products of the backbone")
+    if name := missing(facts, "layers_float8", "layers_adapted"):
+        return unknown(requested, name)
+    layers, adapted = facts["layers_float8"], facts["layers_adapted"]
+    others = {name: n for name, n in products.items() if name != FLOAT8}
+    trainable = (facts.get("param_dtypes") or {}).get("trainable") or {}
+    autocast = autocast_of(facts, others, trainable) if others else "unknown"
+    holds = [
+        layers >= max(adapted, 1) and products.get(FLOAT8, 0) == layers,
+        products_agree(others, "bfloat16"),
+        autocast_agrees(autocast, "bfloat16", mixed=True),
+        set(trainable) <= {"float32"},
+    ]
+    observed = (
+        f"{counted(products)} products of {several(layers, 'float8 layer')}, {adapted} layers"
+    )
+    return Proved(together(holds), requested, f"{observed} adapted, autocast {autocast}")
 
 
 def products_agree(products: Mapping[str, int], dtype: str) -> bool:

@@ -35,11 +35,12 @@ class ExpertLoRA(nn.Module):
         self.down_KRD, self.up_KDR = nn.Parameter(down_KRD), nn.Parameter(up_KDR)
 
     def forward(self, x_BTD: Tensor, gate_BK: Tensor) -> Tensor:
-        """Output (B, T, D) for mixture weights of each user."""
-        low_BTKR = torch.einsum("btd,krd->btkr", x_BTD, self.down_KRD)
+        """Output (B, T, D) for mixture weights of each user; adapters in their own dtype."""
+        dtype = self.down_KRD.dtype
+        low_BTKR = torch.einsum("btd,krd->btkr", x_BTD.to(dtype), self.down_KRD)
         experts_BTKD = torch.einsum("btkr,kdr->btkd", low_BTKR, self.up_KDR)
         mixed_BTD = (experts_BTKD * gate_BK[:, None, :, None]).sum(2)
-        return self.base(x_BTD) + self.scale * mixed_BTD
+        return self.base(x_BTD) + (self.scale * mixed_BTD).to(x_BTD.dtype)
 
 
 def metrics_by_user(

@@ -4,9 +4,10 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from bench.judging.intervals import ALPHA, Effect
 
@@ -112,3 +113,51 @@ def summary(logs: Sequence[float], seconds: float) -> Measured:
     return Measured(
         math.exp(mean), math.exp(mean - width), math.exp(mean + width), len(logs), 1000 * seconds
     )
+
+
+# ---- goals: several ways of doing one thing, side by side ----
+
+
+Name = TypeVar("Name")
+
+
+class Steady(float):
+    """Seconds that a piece of work measured itself: those of its steady state, without start-up."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Ratio reference / own over blocks: above 1 = the own work is the quicker one."""
+
+    median: float
+    low: float
+    high: float
+    """Smallest and largest of all blocks."""
+    blocks: int
+    milliseconds: float
+    """Of the own work, its median."""
+
+
+def rounds(
+    works: Mapping[Name, Work], blocks: int, clock: Clock = time.process_time
+) -> dict[Name, list[float]]:
+    """Seconds of each piece of work in each block. A block does all of them once, every second one
+    in reverse, after one round that is not counted. The clock is the process's own processor time.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        work()  # the first time builds and allocates
+    for block in range(blocks):
+        for name in list(works) if block % 2 == 0 else reversed(list(works)):
+            begun = clock()
+            own = works[name]()
+            spent = clock() - begun
+            seconds[name].append(float(own) if isinstance(own, Steady) else spent)
+    return seconds
+
+
+def paired(reference: Sequence[float], own: Sequence[float]) -> Paired:
+    """The ratio of each block's two times."""
+    ratios = [before / now for before, now in zip(reference, own, strict=True)]
+    middle = statistics.median(ratios)
+    return Paired(middle, min(ratios), max(ratios), len(ratios), 1000 * statistics.median(own))

@@ -1,0 +1,70 @@
+"""Goal against Hugging Face `Trainer` with peft: plain LoRA on both sides."""
+
+import time
+from collections.abc import Callable, Iterator
+
+from core.teacher import Teacher
+from perf import trainer_peer
+from perf import world as present
+from perf.equality import equal, equal_gradients
+from perf.found import Found, timed
+from perf.goal_parts import ungated, uniform
+from perf.timing import Steady, paired, rounds
+from perf.trainer_peer import Peer, collate, examples, plan_of
+from perf.world import World
+
+
+def own_training(world: World, model: Teacher) -> Callable[[], Steady]:
+    """Two epochs of `core`'s loop; the seconds of the second."""
+
+    def run() -> Steady:
+        ends: list[float] = []
+        present.training_epochs(world, model, 2, lambda: ends.append(time.process_time()))
+        return Steady(ends[-1] - ends[len(ends) // 2 - 1])
+
+    return run
+
+
+def equality(world: World, plain: Teacher, peer: Peer) -> str:
+    """Loss and gradients of the peer over all samples. Raises Unequal."""
+    loss, gradients = present.loss_and_gradients(world, plain)
+    rows, total = examples(world), 0.0
+    peer.train().zero_grad(set_to_none=True)
+    for chosen in plan_of(world, plain):
+        found = peer(**collate([rows[i] for i in chosen]))["loss"] * (len(chosen) / len(rows))
+        found.backward()
+        total += found.item()
+    checks = equal("loss", loss, total), equal_gradients(gradients, peer.gradients())
+    peer.zero_grad(set_to_none=True)
+    return ", ".join(map(str, checks))
+
+
+def trainer(world: World, blocks: int) -> Iterator[Found]:
+    """An epoch, one optimizer step for each batch."""
+    plain, gated = ungated(world.new_teacher()), uniform(world.new_teacher())
+    peers = {"as it comes": Peer(world, plain, False), "tuned": Peer(world, plain, True)}
+    checks = {name: equality(world, plain, peer) for name, peer in peers.items()}
+    plan = plan_of(world, plain)
+    works = {
+        "as it comes": trainer_peer.training(world, peers["as it comes"], None),
+        "tuned": trainer_peer.training(world, peers["tuned"], plan),
+        "plain": own_training(world, plain),
+        "gated": own_training(world, gated),
+    }
+    seconds = rounds(works, blocks)
+    goal = f"training epoch, plain LoRA, {world.preset}, batches of {world.batch_size}"
+    for name, wanted in (("tuned", 1.3), ("as it comes", None)):
+        yield timed(
+            goal,
+            f"HF Trainer + peft, {name}",
+            wanted,
+            paired(seconds[name], seconds["plain"]),
+            equality=checks[name],
+            remark="same batches" if wanted else "random batches padded to their longest row",
+        )
+    yield timed(
+        f"… gated, {world.preset}",
+        "HF Trainer + peft, tuned, plain LoRA",
+        None,
+        paired(seconds["tuned"], seconds["gated"]),
+    )
