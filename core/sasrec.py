@@ -8,6 +8,10 @@ position. Source: Kang & McAuley, Self-Attentive Sequential Recommendation, ICDM
 training after Klenitskiy & Vasilev, RecSys 2023.
 """
 
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,12 +35,91 @@ class Dropout(nn.Module):
         """
         if not self.training or self.dropped == 0:
             return x
-        # Eight mask bytes from each 64-bit draw: the generator, not the compare, is what costs.
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(
-            -(2**63), None
-        )
-        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.dropped
+        keep = kept_bytes(x.shape, self.dropped, x.device)
         return x * keep.to(x.dtype).mul_(256 / (256 - self.dropped))
+
+
+def kept_bytes(shape: Sequence[int], dropped: int, device: torch.device) -> Tensor:
+    """Random uint8 of a shape: 0 with probability `dropped`/256, else 1."""
+    numel = math.prod(shape)
+    # Eight mask bytes from each 64-bit draw: the generator, not the compare, is what costs. And the
+    # compare in place: a new tensor of truth values takes it ten times as long on a CPU.
+    words = torch.empty((numel + 7) // 8, dtype=torch.int64, device=device).random_(-(2**63), None)
+    return words.view(torch.uint8)[:numel].view(shape).ge_(dropped)
+
+
+class CausalAttention(torch.autograd.Function):
+    """Causal attention of one head's queries, keys and values on a CPU, a few sequences at a time.
+
+    The scores of `CHUNK` sequences stay in cache from the product that makes them to the product
+    that uses them, and queries in the first half of a row skip the keys of the second.
+    """
+
+    CHUNK = 4
+    PARTS = 2
+
+    @staticmethod
+    def forward(ctx, qkv_BL3, dropped):
+        """(B, L, 3D) to (B, L, D); `dropped`/256 of the probabilities become zero."""
+        batch, length, width = qkv_BL3.shape
+        query, key, value = qkv_BL3.split(width // 3, -1)
+        scale, enlarge = (width // 3) ** -0.5, 256 / (256 - dropped)
+        mixed = torch.empty_like(query)
+        kept = []
+        for begin, end in _parts(length, CausalAttention.PARTS):
+            hidden = torch.full((end - begin, end), float("-inf"), dtype=query.dtype)
+            hidden.triu_(1 + begin)
+            probabilities = query.new_empty(batch, end - begin, end)
+            keep = kept_bytes(probabilities.shape, dropped, query.device) if dropped else None
+            for rows in _slices(batch, CausalAttention.CHUNK):
+                keys, values = key[rows, :end], value[rows, :end]
+                scores = torch.baddbmm(
+                    hidden, query[rows, begin:end], keys.transpose(1, 2), alpha=scale
+                )
+                chosen = probabilities[rows].copy_(scores.softmax(-1))
+                if dropped:
+                    chosen = torch.mul(chosen, keep[rows], out=scores).mul_(enlarge)
+                mixed[rows, begin:end] = chosen @ values
+            kept += [probabilities, keep]
+        ctx.save_for_backward(qkv_BL3, *kept)
+        ctx.dropped = dropped
+        return mixed
+
+    @staticmethod
+    def backward(ctx, grad_BLD):
+        """Gradient of (B, L, 3D)."""
+        qkv_BL3, *kept = ctx.saved_tensors
+        batch, length, width = qkv_BL3.shape
+        query, key, value = qkv_BL3.split(width // 3, -1)
+        scale, enlarge = (width // 3) ** -0.5, 256 / (256 - ctx.dropped)
+        grad = torch.zeros_like(qkv_BL3)
+        grad_query, grad_key, grad_value = grad.split(width // 3, -1)
+        parts = _parts(length, CausalAttention.PARTS)
+        for (begin, end), probabilities, keep in zip(parts, kept[::2], kept[1::2], strict=True):
+            for rows in _slices(batch, CausalAttention.CHUNK):
+                given, chosen = grad_BLD[rows, begin:end], probabilities[rows]
+                grad_chosen = given @ value[rows, :end].transpose(1, 2)
+                dropped_out = chosen
+                if ctx.dropped:
+                    dropped_out = torch.mul(chosen, keep[rows]).mul_(enlarge)
+                    grad_chosen.mul_(keep[rows]).mul_(enlarge)
+                grad_value[rows, :end] += dropped_out.transpose(1, 2) @ given
+                grad_scores = torch._softmax_backward_data(
+                    grad_chosen, chosen, -1, chosen.dtype
+                ).mul_(scale)
+                grad_query[rows, begin:end] = grad_scores @ key[rows, :end]
+                grad_key[rows, :end] += grad_scores.transpose(1, 2) @ query[rows, begin:end]
+        return grad, None
+
+
+def _parts(length: int, count: int) -> list[tuple[int, int]]:
+    bounds = [length * i // count for i in range(count + 1)]
+    return [(a, b) for a, b in itertools.pairwise(bounds) if b > a]
+
+
+def _slices(rows: int, size: int) -> Iterator[slice]:
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
 
 
 class Block(nn.Module):
@@ -61,22 +144,19 @@ class Block(nn.Module):
         """Causal attention. Right padding needs no mask: no real position looks to its right."""
         batch, length, width = x_BLD.shape
         head = width // self.heads
-        qkv = self.in_proj(x_BLD).view(batch, length, 3, self.heads, head)
-        query, key, value = (
-            part.transpose(1, 2).reshape(batch * self.heads, length, head) for part in qkv.unbind(2)
-        )
+        qkv = self.in_proj(x_BLD)
+        dropped = self.attention_dropout.dropped if self.training else 0
+        if self.heads == 1 and not x_BLD.is_cuda:
+            return self.out_proj(CausalAttention.apply(qkv, dropped))
+        query, key, value = qkv.view(batch, length, 3, self.heads, head).transpose(1, 3).unbind(2)
         if x_BLD.is_cuda:
-            dropped = self.attention_dropout.dropped / 256 if self.training else 0.0
             mixed = F.scaled_dot_product_attention(
-                query, key, value, dropout_p=dropped, is_causal=True
+                query, key, value, dropout_p=dropped / 256, is_causal=True
             )
         else:
-            # On CPU two batched products and a softmax beat the fused kernel at these widths.
-            causal = torch.full((length, length), float("-inf"), dtype=query.dtype).triu_(1)
-            scores = torch.baddbmm(causal, query, key.transpose(1, 2), alpha=head**-0.5)
-            mixed = torch.bmm(self.attention_dropout(scores.softmax(-1)), value)
-        mixed = mixed.view(batch, self.heads, length, head).transpose(1, 2)
-        return self.out_proj(mixed.reshape(batch, length, width))
+            rows = torch.stack([query, key, value], 3).flatten(0, 1).flatten(2)
+            mixed = CausalAttention.apply(rows, dropped).view(batch, self.heads, length, head)
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Map states (B, L, D) to states (B, L, D)."""
@@ -147,30 +227,43 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states_ND, table_VD, targets_N, chunk):
-        rows, dtype = states_ND.shape[0], states_ND.dtype
-        table = table_VD.to(dtype)
+        dtype, rows, items = states_ND.dtype, len(states_ND), len(table_VD)
+        # Rows of whole cache lines: otherwise every product and pass runs on split ones.
+        table = F.pad(table_VD.to(dtype), (0, 0, 0, -items % ALIGNED))
+        # Both layouts of the table, and the table's gradient as (D, V): the factors' layouts decide
+        # whether a CPU's products run at its full rate or at less than half of it.
+        by_width = table.t().contiguous()
+        grad_table = torch.zeros_like(by_width, dtype=torch.float32)
         grad_states = torch.empty_like(states_ND)
-        grad_table = torch.zeros_like(table_VD)
-        loss = torch.zeros((), dtype=torch.float32, device=states_ND.device)
+        losses = states_ND.new_empty(rows, dtype=torch.float32)
+        products = states_ND.new_empty(min(chunk, rows), len(table))
+        small = _exp_is_safe(states_ND, table_VD)
         with torch.autocast(states_ND.device.type, enabled=False):
-            for start in range(0, rows, chunk):
-                part = slice(start, min(start + chunk, rows))
+            for part in _slices(rows, chunk):
                 states, targets = states_ND[part], targets_N[part, None]
-                logits = (states @ table.t()).float()
+                logits = torch.mm(states, by_width, out=products[: len(states)]).float()
                 logits[:, 0] = float("-inf")  # the padding column is no candidate
-                largest = logits.amax(1, keepdim=True)
-                loss -= (logits.gather(1, targets) - largest).sum()
+                logits[:, items:] = float("-inf")
+                losses[part] = -logits.gather(1, targets)[:, 0]
+                if not small:
+                    largest = logits.amax(1, keepdim=True)
+                    losses[part] += largest[:, 0]
+                    logits.sub_(largest)
                 # exp runs once over (chunk, V); its row sums divide the small factors, not the big
                 # matrix.
-                weights = logits.sub_(largest).exp_()
+                weights = logits.exp_()
                 total = weights.sum(1, keepdim=True)
-                loss += total.log().sum()
+                losses[part] += total.log()[:, 0]
+                weights.scatter_add_(1, targets, -total)  # total · (probability − one-hot)
                 weights = weights.to(dtype)
-                grad_states[part] = (weights @ table).div_(total) - table[targets[:, 0]]
-                grad_table += weights.t() @ (states / total).to(dtype)
-                grad_table.index_add_(0, targets[:, 0], states.float(), alpha=-1.0)
-        ctx.save_for_backward(grad_states.div_(rows), grad_table.div_(rows))
-        return loss / rows
+                grad_states[part] = (weights @ table).div_(total)
+                scaled = (states / total).to(dtype).t()
+                if dtype == torch.float32:
+                    grad_table.addmm_(scaled, weights)
+                else:
+                    grad_table += scaled @ weights
+        ctx.save_for_backward(grad_states.div_(rows), grad_table[:, :items].t().div_(rows))
+        return losses.mean()
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -178,14 +271,38 @@ class _SoftmaxLoss(torch.autograd.Function):
         return grad_states * grad_loss.to(grad_states.dtype), grad_table * grad_loss, None, None
 
 
+def _exp_is_safe(states_ND: Tensor, table_VD: Tensor) -> bool:
+    """Whether no score is so large that its exp needs the row's largest score taken off first.
+
+    |s · t| ≤ ‖s‖ ‖t‖ (Cauchy-Schwarz). On a CPU only: elsewhere the answer would halt the device.
+    """
+    if states_ND.device.type != "cpu":
+        return False
+    bound = states_ND.float().norm(dim=1).max() * table_VD.float().norm(dim=1).max()
+    return bool(bound < SAFE_EXPONENT)
+
+
+SAFE_EXPONENT = 40.0
+"""exp(±40) and sums of it stay far inside fp32 (1e-38 to 3e38), at full relative precision."""
+ALIGNED = 16
+"""Elements: 64 bytes of fp32."""
+CHUNK_BYTES = {"cpu": 5 * 2**18, "cuda": 2**28}
+"""Logits at work at once. CPU: what stays in a core's second-level cache beside the table; 64 to
+128 rows of 3,416 items were the quickest, 512 rows took 1.8 times as long."""
+SMALLEST_CHUNK = 32
+
+
 def softmax_loss(
-    states_ND: Tensor, table_VD: Tensor, targets_N: Tensor, chunk: int = 512
+    states_ND: Tensor, table_VD: Tensor, targets_N: Tensor, chunk: int | None = None
 ) -> Tensor:
     """Mean full-softmax cross-entropy of N positions over items 1..V (scalar, fp32).
 
     Equals `F.cross_entropy(states @ table.T with column 0 = -inf, targets)`; needs (chunk, V)
-    memory.
+    memory. `chunk` rows are at work at once; by default as many as `CHUNK_BYTES` hold.
     """
+    if chunk is None:
+        budget = CHUNK_BYTES.get(states_ND.device.type, CHUNK_BYTES["cuda"])
+        chunk = max(SMALLEST_CHUNK, budget // (4 * len(table_VD)) // ALIGNED * ALIGNED)
     return _SoftmaxLoss.apply(states_ND, table_VD, targets_N, chunk)
 
 
@@ -202,6 +319,31 @@ def sampled_loss(
     real = negatives_M[None, :] != targets_N[:, None]
     loss_N = -beta * F.logsigmoid(positive_N) - (F.logsigmoid(-negative_NM) * real).sum(1)
     return loss_N.mean()
+
+
+def sampled_softmax_loss(
+    states_ND: Tensor,
+    table_VD: Tensor,
+    targets_N: Tensor,
+    negatives_M: Tensor,
+    log_expected_count_M: Tensor,
+) -> Tensor:
+    """Softmax over each row's target and negatives shared by the batch (scalar, fp32, mean).
+
+    logQ correction (Bengio & Senécal, IEEE Trans. Neural Networks 19(4), 2008; Jean et al., ACL
+    2015): each negative's score is lowered by the log of how often the proposal is expected to draw
+    it, so that the sum over negatives estimates the full softmax's without bias,
+
+        loss = −s⁺ + log(e^{s⁺} + Σ_{j ≠ target} e^{s_j − log E[count_j]}).
+
+    The target is always there, so its own count is 1 and its score stays. A negative that equals a
+    row's target (an accidental hit) is left out for that row.
+    """
+    positive_N = (states_ND * table_VD[targets_N]).sum(-1).float()
+    negative_NM = (states_ND @ table_VD[negatives_M].t()).float() - log_expected_count_M
+    hits = negatives_M[None, :] == targets_N[:, None]
+    others_N = negative_NM.masked_fill(hits, float("-inf")).logsumexp(1)
+    return (torch.logaddexp(positive_N, others_N) - positive_N).mean()
 
 
 def gbce_beta(t: float, negatives: int, items: int) -> float:

@@ -87,11 +87,12 @@ def student_fit(work: Work) -> None:
     torch.manual_seed(settings.seed)
     model = SASRec(prepared.num_items, settings.student).to(work.device)
     score = student.scorer(model, settings.student, settings.eval.batch_size)
+    proposal = student.Proposal(prepared, settings.student)
     fit = _sasrec_fit(
         work,
         model,
         prepared,
-        loss=lambda batch: student.training_loss(model, batch, settings.student),
+        loss=lambda batch: student.training_loss(model, batch, settings.student, proposal),
         score=score,
         save=lambda name: student.save_student(model, work.folder / name),
         train=settings.student,
@@ -104,18 +105,29 @@ def _sasrec_fit(work: Work, model, prepared, *, loss, score, save, train) -> Fit
     settings = work.settings
     batches_of = settings.student.model_copy(update={"batch_size": train.batch_size})
     most = work.most(settings.eval.batch_size)
+    epochs = 1 if work.batches else train.max_epochs
+    optimizer = adamw(model.parameters(), train.lr, train.weight_decay)
+
+    def batches(epoch: int) -> student.SequenceBatches:
+        return student.SequenceBatches(
+            prepared, batches_of, settings.seed + epoch, work.batches or None
+        )
+
+    scheduler = None
+    if settings.student.lr_schedule == "linear":
+        factor = _warm_up_then_linear(epochs * len(batches(0)))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return Fit(
         model=model,
-        batches=lambda epoch: student.SequenceBatches(
-            prepared, batches_of, settings.seed + epoch, work.batches or None
-        ),
+        batches=batches,
         loss=loss,
         validate=lambda: ranking.evaluate(score, prepared, "validation", settings.eval, most)[0],
         save=save,
-        optimizer=adamw(model.parameters(), train.lr, train.weight_decay),
+        optimizer=optimizer,
+        scheduler=scheduler,
         device=work.device,
         precision=settings.student.precision,
-        max_epochs=1 if work.batches else train.max_epochs,
+        max_epochs=epochs,
         patience=train.patience,
         eval_every=settings.student.eval_every,
         num_workers=settings.train.num_workers,

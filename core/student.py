@@ -19,7 +19,7 @@ from core.data import Prepared, train_samples
 from core.loop import autocast
 from core.outputs import Outputs
 from core.ranking import Queries, Scorer
-from core.sasrec import SASRec, gbce_beta, sampled_loss, softmax_loss
+from core.sasrec import SASRec, gbce_beta, sampled_loss, sampled_softmax_loss, softmax_loss
 from core.settings import DistillSettings, StudentSettings
 
 CHUNK_BATCHES = 12
@@ -95,10 +95,38 @@ def _cut_by_tokens(rows: np.ndarray, lengths: np.ndarray, budget: float) -> list
     return batches
 
 
-def training_loss(model: SASRec, batch: dict, settings: StudentSettings) -> Tensor:
+class Proposal:
+    """What `sampled_softmax` draws negatives from: items 1..V, each by its number of training
+    targets to the power `settings.negatives_power` (0 = all alike).
+    """
+
+    def __init__(self, prepared: Prepared, settings: StudentSettings):
+        ends = prepared.offsets[1:]
+        held_out = np.concatenate([ends - 2, ends - 1])
+        counts = np.bincount(prepared.items, minlength=prepared.num_items + 1)
+        counts -= np.bincount(prepared.items[held_out], minlength=len(counts))
+        # One more for each: an item nobody watched in training can still be drawn.
+        weights = (counts[1:] + 1.0) ** settings.negatives_power
+        self.shares_V = torch.from_numpy(weights / weights.sum())
+
+    def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`count` ids drawn with replacement, (M,), and the log of the expected number of draws of
+        each, (M,) fp32.
+        """
+        self.shares_V = self.shares_V.to(device)
+        places = torch.rand(count, dtype=torch.float64, device=device)
+        drawn = torch.searchsorted(self.shares_V.cumsum(0), places).clamp_max_(
+            len(self.shares_V) - 1
+        )
+        return drawn + 1, (count * self.shares_V[drawn]).log().float()
+
+
+def training_loss(
+    model: SASRec, batch: dict, settings: StudentSettings, proposal: Proposal | None = None
+) -> Tensor:
     """The student's own loss on a batch of `SequenceBatches` (scalar)."""
     states_ND = supervised_states(model, batch)
-    return state_loss(states_ND, model.item_table.weight, batch["targets"], settings)
+    return state_loss(states_ND, model.item_table.weight, batch["targets"], settings, proposal)
 
 
 def supervised_states(model: SASRec, batch: dict, item_vectors_VD: Tensor | None = None) -> Tensor:
@@ -107,11 +135,21 @@ def supervised_states(model: SASRec, batch: dict, item_vectors_VD: Tensor | None
 
 
 def state_loss(
-    states_ND: Tensor, table_VD: Tensor, targets_N: Tensor, settings: StudentSettings
+    states_ND: Tensor,
+    table_VD: Tensor,
+    targets_N: Tensor,
+    settings: StudentSettings,
+    proposal: Proposal | None = None,
 ) -> Tensor:
-    """Softmax, BCE or gBCE of states against targets (scalar, mean over positions)."""
+    """The loss named in the settings, of states against targets (scalar, mean over positions).
+
+    `sampled_softmax` needs the proposal, the others draw uniformly or not at all.
+    """
     if settings.loss == "softmax":
         return softmax_loss(states_ND, table_VD, targets_N)
+    if settings.loss == "sampled_softmax":
+        negatives, log_count_M = proposal.draw(settings.num_negatives, states_ND.device)
+        return sampled_softmax_loss(states_ND, table_VD, targets_N, negatives, log_count_M)
     items = len(table_VD) - 1
     negatives = torch.randint(1, items + 1, (settings.num_negatives,), device=states_ND.device)
     beta = (
@@ -169,6 +207,7 @@ class Distilled(nn.Module):
         self.model = SASRec(prepared.num_items, settings)
         self.settings, self.distillation, self.stored = settings, distillation, stored
         self.watched = _watched_keys(prepared)
+        self.proposal = Proposal(prepared, settings)
         self.mixed = None
         if distillation.ed_weight:
             teacher_V1H = _standardised(torch.from_numpy(np.array(stored.item_embeddings)).float())
@@ -195,7 +234,7 @@ class Distilled(nn.Module):
         """The student's own loss plus what the teacher says of every real position (scalar)."""
         input_VD, table_VD = self.vectors()
         states_ND = supervised_states(self.model, batch, input_VD)
-        own = state_loss(states_ND, table_VD, batch["targets"], self.settings)
+        own = state_loss(states_ND, table_VD, batch["targets"], self.settings, self.proposal)
         if not self.distillation.lam and not self.distillation.alpha:
             return own
         rows = self.stored.rows(batch["sample_ids"].cpu().numpy())

@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from tiny import close
 
-from core.sasrec import Dropout, SASRec, gbce_beta, sampled_loss, softmax_loss
+from core.sasrec import (
+    CausalAttention,
+    Dropout,
+    SASRec,
+    gbce_beta,
+    sampled_loss,
+    sampled_softmax_loss,
+    softmax_loss,
+)
 from core.settings import StudentSettings
 
 ITEMS = 30
@@ -89,6 +97,41 @@ def test_attention_weights_are_scaled_by_the_head_width():
         scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
         mixed.append(scores.softmax(-1) @ value[..., head])
     assert close(block.attention(x), block.out_proj(torch.cat(mixed, -1)))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 2), (5, 7), (4, 12), (9, 33)])
+def test_causal_attention_is_the_plain_one_with_its_gradient(batch, length):
+    torch.manual_seed(0)
+    qkv = torch.randn(batch, length, 24, requires_grad=True)
+    wanted = F.scaled_dot_product_attention(*qkv.split(8, -1), is_causal=True)
+    found = CausalAttention.apply(qkv, 0)
+    weights = torch.randn_like(found)
+    assert close(found, wanted)
+    assert close(
+        torch.autograd.grad(found, qkv, weights)[0], torch.autograd.grad(wanted, qkv, weights)[0]
+    )
+
+
+def test_causal_attention_with_dropout_has_the_gradient_of_its_value():
+    qkv = torch.randn(5, 6, 9, dtype=torch.float64, requires_grad=True)
+
+    def same_mask(qkv):
+        torch.manual_seed(3)
+        return CausalAttention.apply(qkv, 100)
+
+    assert not torch.equal(same_mask(qkv), CausalAttention.apply(qkv, 0))
+    assert torch.autograd.gradcheck(same_mask, (qkv,))
+
+
+def test_causal_attention_drops_its_rate_and_keeps_the_mean():
+    torch.manual_seed(0)
+    qkv = torch.zeros(200, 32, 3)
+    qkv[..., 2] = 1  # all weights equal and all values 1: without dropout each state is 1
+    mixed = CausalAttention.apply(qkv, 64)
+    first = mixed[:, 0]  # one key: kept or dropped
+    assert torch.allclose(first[first != 0], torch.tensor(256 / 192))
+    assert (first == 0).float().mean().item() == pytest.approx(0.25, abs=0.13)
+    assert mixed[:, 1:].mean().item() == pytest.approx(1.0, abs=0.02)
 
 
 def test_padding_stays_zero_in_the_table_and_gets_no_gradient():
@@ -203,6 +246,62 @@ def test_sampled_loss_survives_scores_whose_probability_rounds_to_one():
     states, table = torch.full((1, 1), 50.0), torch.tensor([[0.0], [-1.0], [1.0]])
     loss = sampled_loss(states, table, torch.tensor([1]), torch.tensor([2]), 1.0)
     assert close(loss, 100.0)
+
+
+def test_sampled_softmax_over_every_item_is_the_full_softmax():
+    states, table, targets = inputs()
+    everything = torch.arange(1, ITEMS + 1)[torch.randperm(ITEMS)]
+    wanted = plain_cross_entropy(states, table, targets)
+    found = sampled_softmax_loss(states, table, targets, everything, torch.zeros(ITEMS))
+    assert close(found, wanted, 1e-6)
+    for a, b in zip(
+        torch.autograd.grad(found, (states, table)),
+        torch.autograd.grad(wanted, (states, table)),
+        strict=True,
+    ):
+        assert close(a, b)
+
+
+def test_sampled_softmax_has_the_gradient_of_its_value_and_leaves_accidental_hits_out():
+    states, table, targets = (x.detach() for x in inputs(4, 3))
+    states, table = states.double().requires_grad_(), table.double().requires_grad_()
+    negatives = torch.tensor([3, 3, int(targets[1]), ITEMS])
+    log_counts = torch.tensor([0.7, 0.7, -0.4, -1.3], dtype=torch.float64)
+
+    def loss(states, table):
+        return sampled_softmax_loss(states, table, targets, negatives, log_counts)
+
+    # The value runs in fp32 by contract, so the difference quotient is a coarse one.
+    assert torch.autograd.gradcheck(loss, (states, table), eps=1e-2, atol=1e-3, rtol=1e-2)
+    wanted = 0.0
+    for row, target in enumerate(targets.tolist()):
+        scores = table.detach() @ states[row].detach()
+        others = [
+            scores[n] - c
+            for n, c in zip(negatives.tolist(), log_counts, strict=True)
+            if n != target
+        ]
+        wanted -= scores[target] - torch.stack([scores[target], *others]).logsumexp(0)
+    assert loss(states, table).item() == pytest.approx(float(wanted) / 4, rel=1e-5)
+
+
+def test_without_the_correction_a_popularity_proposal_is_biased():
+    """The estimate of the softmax's denominator, from many draws by popularity."""
+    states, table, targets = (x.detach() for x in inputs())
+    shares = torch.arange(1, ITEMS + 1).double() ** 2
+    shares /= shares.sum()
+    random = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(shares, 60_000, replacement=True, generator=random)
+    wanted = plain_cross_entropy(states, table, targets).item()
+    corrected, biased = (
+        sampled_softmax_loss(states, table, targets, drawn + 1, log_counts.float()).item()
+        for log_counts in (
+            (60_000 * shares[drawn]).log(),
+            torch.full((60_000,), math.log(60_000 / ITEMS)),  # as if drawn uniformly
+        )
+    )
+    assert corrected == pytest.approx(wanted, abs=0.02)
+    assert abs(biased - wanted) > 0.1
 
 
 def test_gbce_beta_at_its_ends():

@@ -111,12 +111,13 @@ def test_seeds_decide_the_order():
 # ---- losses ----
 
 
-@pytest.mark.parametrize("loss", ["softmax", "bce", "gbce"])
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "bce", "gbce"])
 def test_each_loss_trains_every_weight(loss):
     settings = STUDENT.model_copy(update={"loss": loss, "num_negatives": 5})
     model = encoder(settings).train()
     batch = student.SequenceBatches(prepared(), settings, 0)[0]
-    value = student.training_loss(model, batch, settings)
+    proposal = student.Proposal(prepared(), settings)
+    value = student.training_loss(model, batch, settings, proposal)
     value.backward()
     assert value.isfinite()
     for name, parameter in model.named_parameters():
@@ -132,6 +133,21 @@ def test_the_loss_sees_real_positions_only():
     labels.view(-1)[batch["positions"]] = batch["targets"]
     wanted = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     assert close(student.training_loss(model, batch, STUDENT), wanted)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
+def test_a_proposal_draws_by_training_targets_and_tells_its_expected_counts(power):
+    cut = split([3, 12, 40], items=6)
+    settings = StudentSettings(loss="sampled_softmax", negatives_power=power)
+    proposal = student.Proposal(cut, settings)
+    seen = np.concatenate([cut.train_sequence(user) for user in range(3)])
+    weights = (np.bincount(seen, minlength=7)[1:] + 1.0) ** power
+    torch.manual_seed(0)
+    drawn, log_counts = proposal.draw(40_000, torch.device("cpu"))
+    expected = 40_000 * weights / weights.sum()
+    assert torch.allclose(log_counts.exp(), torch.from_numpy(expected).float()[drawn - 1])
+    found = np.bincount(drawn.numpy(), minlength=7)[1:]
+    assert np.all(np.abs(found - expected) < 5 * np.sqrt(expected))
 
 
 def test_gbce_and_bce_differ_by_their_beta(monkeypatch):
