@@ -74,5 +74,5 @@ def _digest(module: nn.Module) -> bytes:
 def _digest_of(arrays: Iterable[np.ndarray]) -> bytes:
     found = hashlib.sha256()
     for array in arrays:
-        found.update(np.ascontiguousarray(array))
+        found.update(np.ascontiguousarray(array).data)
     return found.digest()
