@@ -126,6 +126,23 @@ def test_a_quality_drop_in_one_metric_is_enough() -> None:
     assert "ndcg@10" in judged.tables[TOTAL][1].reason
 
 
+@pytest.mark.parametrize("who", [BF16, "baseline"])
+def test_another_data_set_is_a_second_difference(who: str) -> None:
+    """A file that was replaced while the run went on."""
+
+    def eats_other_data(record: Record) -> None:
+        record["data_digest"] = "b" * 64
+
+    records = [record | {"data_digest": "a" * 64} for record in small_records()]
+    assert "ratings" not in texts(small(records))
+    for record in records:
+        if record["cell"] == who and record["block"] > 2:
+            eats_other_data(record)
+    said = texts(small(records))
+    assert "more than the setting under test differs: digest of the ratings: " in said
+    assert f"the ratings changed between the repeats of: {who}" in said
+
+
 # ---- time where nobody looks
 
 

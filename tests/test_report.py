@@ -248,6 +248,12 @@ def test_without_a_winner_the_baseline_is_kept_with_the_reason():
     assert "# Best cell of teacher_speed: baseline (no other cell" in kept["best.yaml"]
 
 
+def test_one_cell_alone_has_one_smallest_difference():
+    text = small_report({"train.num_workers": [0, 2]})
+    assert text.count("would have been seen") == 1
+    assert "(steadiest cell)" not in text and "% would have been seen" in text
+
+
 def test_a_run_without_any_figure_still_gives_a_report():
     empty = report_files([])["report.md"]
     assert "**Keep the baseline:**" in empty

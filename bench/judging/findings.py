@@ -74,6 +74,7 @@ def warnings(
         *quality_gaps(ok, qualities),
         *drifted(drifts, matrix.floor),
         *copied(ok),
+        *changed_data(ok),
         *steps_against_stage(tables, cells, ok, matrix.floor),
         *ledger_gaps(ok),
         *memory_contradictions(ok),
@@ -259,6 +260,19 @@ def memory_contradictions(ok: Sequence[Record]) -> list[Finding]:
         if more := len(said) - MOST_ALIKE:
             found += [Finding(f"further ones of this kind: {more}", "")] * (more > 0)
     return found
+
+
+def changed_data(ok: Sequence[Record]) -> list[Finding]:
+    """Cells whose repeats were given different ratings: they are no repeats of one measurement."""
+    digests: dict[str, set[str]] = {}
+    for record in ok:
+        if record.get("data_digest"):
+            digests.setdefault(record["cell"], set()).add(record["data_digest"])
+    odd = [cell for cell, found in digests.items() if len(found) > 1]
+    if not odd:
+        return []
+    text = f"the ratings changed between the repeats of: {'; '.join(odd)}"
+    return [Finding(text, "start a new run on data that stays as it is")]
 
 
 def steps_against_stage(

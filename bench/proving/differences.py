@@ -18,7 +18,7 @@ SHAPES = frozenset({"inputs_embeds.shape", "attention_mask", "attention_mask.sha
     "batch_shapes",
     "length_variance",
 }
-ROWS = SHAPES | {"rows"}
+ROWS = SHAPES | {"rows", "ratings"}
 CHOOSING_ROWS = ("data.", "train.max_epochs", "train.max_steps")
 """Settings, or how they begin, that rightly change how many rows are worked on."""
 WEIGHT_TYPES = frozenset({"param_dtypes.trainable", "param_dtypes.frozen"})
@@ -54,7 +54,7 @@ EXPECTED_FACTS: dict[str, frozenset[str]] = {
     "machine.allocator_conf": frozenset({"allocator_settings", "env"}),
     "machine.env": frozenset({"allocator_settings", "env"}),
     "machine.device": frozenset({"device"}),
-    "seed": SHAPES,
+    "seed": SHAPES | {"ratings"},
 }
 # Results of nearly any change, names of one process, and what another fact tells better.
 CONSEQUENCES = frozenset(
@@ -78,6 +78,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "cache": (),
 }
 LABELS = {
+    "ratings": "digest of the ratings:",
     "rows": "rows worked on:",
     "warmup": "steps left out as warm-up:",
     "gemm_dtypes": "matrix products in",
@@ -118,8 +119,14 @@ def second_differences(changed: Iterable[str], cell: Record, baseline: Record) -
 
 
 def seen_in(record: Record) -> dict[str, Any]:
-    """The facts of a record, with how many rows its stage worked on and what it leaves out."""
-    more = {"rows": (record.get("counts") or {}).get("rows"), "warmup": record.get("warmup_steps")}
+    """The facts of a record, with the ratings it was given, how many rows its stage worked on and
+    what it leaves out.
+    """
+    more = {
+        "ratings": str(record.get("data_digest") or "")[:12] or None,
+        "rows": (record.get("counts") or {}).get("rows"),
+        "warmup": record.get("warmup_steps"),
+    }
     known = {name: value for name, value in more.items() if value is not None}
     return {**(record.get("facts") or {}), **known}
 

@@ -100,8 +100,11 @@ def evidence(judgement: Judgement, say: Words) -> str:
     said = say("evidence", comparisons=judgement.comparisons, repeats=repeats)
     if not seen:
         return said
-    least = say("evidence.sees", least=f"{100 * min(seen):.1f}", most=f"{100 * max(seen):.1f}")
-    return say("sentences.joint").join([said, least])
+    least, most = f"{100 * min(seen):.1f}", f"{100 * max(seen):.1f}"
+    could = say("evidence.sees", least=least, most=most)
+    if least == most:
+        could = say("evidence.sees_one", least=least)
+    return say("sentences.joint").join([said, could])
 
 
 def beware(
