@@ -117,9 +117,10 @@ class Writer:
         _check_ids(sample_ids, len(self._done))
         stored = {name: self._stored(name, rows[name], len(sample_ids)) for name in rows}
         _check_order(stored["top_ids"], stored["scores"])
+        place = _slice_of(sample_ids)
         for name, values in stored.items():
-            self._arrays[name][sample_ids] = values
-        self._done[sample_ids] = True
+            self._arrays[name][place] = values
+        self._done[place] = True
         self._pending_rows += len(sample_ids)
         if (
             self._pending_rows * self._row_bytes > CHECKPOINT_BYTES
@@ -190,7 +191,7 @@ class Writer:
         if array.dtype.kind == "i" and values.dtype.kind not in "iu":
             raise ValueError(f"{name} are {values.dtype}; ids must be integers, floats round them")
         with np.errstate(over="ignore"):  # an overflow is an infinity, refused below
-            stored = values.astype(array.dtype)
+            stored = values.astype(array.dtype, copy=False)
         if not np.isfinite(stored).all():
             raise ValueError(f"{name}: not finite as {array.dtype}")
         return stored
@@ -276,6 +277,13 @@ def _check_ids(sample_ids: np.ndarray, samples: int) -> None:
     outside = sample_ids[(sample_ids < 0) | (sample_ids >= samples)]
     if len(outside):
         raise ValueError(f"no sample {outside[0]}; there are 0..{samples - 1}")
+
+
+def _slice_of(sample_ids: np.ndarray) -> np.ndarray | slice:
+    """The same rows, as a slice if they follow each other: that is written in one piece."""
+    if len(sample_ids) and (np.diff(sample_ids) == 1).all():
+        return slice(sample_ids[0], sample_ids[-1] + 1)
+    return sample_ids
 
 
 def _check_order(top_ids: np.ndarray, scores: np.ndarray) -> None:

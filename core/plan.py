@@ -192,6 +192,10 @@ class GatedPrompts(Dataset):
         grid = self.plan.grid(index, self.lengths)
         return self._gated(assemble(self.pieces, self.prompts, chosen, grid))
 
+    def rows(self, index: int) -> np.ndarray:
+        """Query rows that a batch answers."""
+        return self.prompts.samples(self.plan.batches[index])
+
     def _gated(self, batch: dict) -> dict:
         ends, gates = batch.pop("gate_ends"), batch["rows"]
         if self.gate_ends is not None:

@@ -55,6 +55,15 @@ class Queries:
         where = np.where(real, (self.ends[rows] - lengths)[:, None] + columns, 0)
         return np.where(real, self.items[where], 0).astype(np.int64), lengths
 
+    def histories(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All items before the targets of some queries, one query after the other: the place in
+        `rows` that each belongs to, and its id; both (M,) int64.
+        """
+        lengths = self.lengths[rows]
+        ends = np.cumsum(lengths)
+        where = np.arange(lengths.sum()) + np.repeat(self.ends[rows] - ends, lengths)
+        return np.repeat(np.arange(len(rows)), lengths), self.items[where].astype(np.int64)
+
     def by_length(self, batch_size: int, most: int) -> Iterator[np.ndarray]:
         """Row indices in batches of similar history length, so that little is padding."""
         order = np.argsort(np.minimum(self.lengths, most), kind="stable")
@@ -72,7 +81,9 @@ def held_out(prepared: Prepared, split: str) -> Queries:
 
 
 Scorer = Callable[[Queries], Iterator[tuple[np.ndarray, Tensor]]]
-"""Yields batches of (row indices (B,), scores (B, V+1)) until every query is scored once."""
+"""Yields batches of (row indices (B,), scores (B, V+1)) until every query is scored once; row
+indices are on the host, scores where the model is.
+"""
 
 
 def evaluate(
@@ -86,25 +97,57 @@ def evaluate(
     target.
 
     The loss is the mean cross-entropy over all items, seen ones included, as in training. `most`
-    leaves the users with the longest histories only, longest first.
+    leaves the users with the longest histories only, longest first. Nothing is read back from the
+    device before all is scored. Raises ValueError for targets outside the catalogue, scores of
+    another number of items, non-finite scores, and queries not scored exactly once.
     """
     queries = held_out(prepared, split)
     if most is not None:
         queries = queries.longest(most)
-    ranks = torch.full((len(queries),), float("nan"))
-    loss = torch.zeros((), dtype=torch.float64)
+    targets, columns = queries.targets, prepared.num_items + 1
+    if len(targets) and not (targets.min() > 0 and targets.max() < columns):
+        raise ValueError(f"{split}: a target lies outside 1..{columns - 1}; 0 is padding")
+    scored, ranks, losses = [], [], []
     for rows, scores_BV in score(queries):
-        scores_BV = scores_BV.float()
-        targets_B = torch.from_numpy(queries.targets[rows]).to(scores_BV.device)
-        log_total = scores_BV[:, 1:].logsumexp(1)
-        loss += (log_total - scores_BV.gather(1, targets_B[:, None])[:, 0]).sum().cpu()
-        seen_BL = None
+        if scores_BV.shape[1] != columns:
+            raise ValueError(f"{split}: scores have {scores_BV.shape[1]} columns, need {columns}")
+        device = scores_BV.device
+        targets_B = to_device(targets[rows], device)
+        seen_M = None
         if settings.mask_seen:
-            history, _ = queries.newest(rows, int(queries.lengths[rows].max()))
-            seen_BL = torch.from_numpy(history).to(scores_BV.device)
-        ranks[torch.from_numpy(rows)] = metrics.rank(scores_BV, targets_B, seen_BL).cpu()
-    summary = metrics.summary(ranks, settings.top_k)
-    summary |= {"loss": loss.item() / len(queries), "users": len(queries)}
+            lines, items = queries.histories(rows)
+            seen_M = to_device(lines * columns + items, device)
+        gaps_BV, own_B1 = metrics.gaps(scores_BV, targets_B)
+        scored.append(rows)
+        losses.append(gaps_BV[:, 1:].logsumexp(1))  # −log p of the target
+        ranks.append(metrics.rank_by_gaps(gaps_BV, own_B1, targets_B, seen_M))
+    if not scored:
+        raise ValueError(f"{split}: the model scored none of {len(queries)} queries")
+    ranks_Q = _in_order(np.concatenate(scored), torch.cat(ranks).cpu(), queries)
+    summary = metrics.summary(ranks_Q, settings.top_k)
+    summary |= {"loss": torch.cat(losses).double().mean().item(), "users": len(queries)}
     summary |= {"uniform_loss": float(np.log(prepared.num_items))}
     summary |= {f"chance_recall@{k}": k / prepared.num_items for k in settings.top_k}
-    return summary, ranks.tolist()
+    return summary, ranks_Q.tolist()
+
+
+def _in_order(scored: np.ndarray, ranks_M: Tensor, queries: Queries) -> Tensor:
+    """Ranks by query, (Q,). Raises ValueError unless each query has exactly one, and a number."""
+    if not np.array_equal(np.sort(scored), np.arange(len(queries))):
+        raise ValueError(
+            f"scores for {len(np.unique(scored))} of {len(queries)} queries, {len(scored)} rows in "
+            "all; need one row for each"
+        )
+    if broken := int(ranks_M.isnan().sum()):
+        raise ValueError(
+            f"rank: non-finite scores among the ranked items of {broken} users; need finite"
+        )
+    ranks_Q = torch.empty(len(queries))
+    ranks_Q[torch.from_numpy(scored)] = ranks_M
+    return ranks_Q
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy that the device fetches by itself: from other than pinned memory the host waits."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

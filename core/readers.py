@@ -1,20 +1,25 @@
 """Rating files to tables: one reader for each layout, each returning interactions and items."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 
 from core import synthetic
 from core.config import InputError
 from core.settings import DataSettings
 
-Tables = tuple[pd.DataFrame, pd.DataFrame]
+Parts = Callable[[], Iterator[pd.DataFrame]]
+"""A table too large to be held: every call gives it anew, some rows after the other."""
+Tables = tuple[pd.DataFrame | Parts, pd.DataFrame]
 """Interactions (user, item, time; in file order) and items (item, title)."""
+PART_ROWS = 1 << 20
 
 OFFICIAL_PAGE = "https://grouplens.org/datasets/movielens/"
 DOWNLOADABLE = ("ml-1m", "ml-100k", "ml-latest-small")
+PARQUET = (".parquet", ".pq")
 OWN_COLUMNS = {"user_id": "user", "item_id": "item", "timestamp": "time"}
 
 
@@ -42,14 +47,36 @@ def read_ml_latest(settings: DataSettings) -> Tables:
 
 def read_csv(settings: DataSettings) -> Tables:
     """Read a CSV table user_id, item_id, timestamp; ids may be text."""
-    interactions = _csv(_own_file("data.root", settings.root), OWN_COLUMNS)
-    return interactions, _own_items(settings, interactions)
+    return _csv(_own_file("data.root", settings.root), OWN_COLUMNS), _own_items(settings)
 
 
 def read_parquet(settings: DataSettings) -> Tables:
-    """Read a Parquet table with the columns of `read_csv`."""
-    interactions = _parquet(_own_file("data.root", settings.root), OWN_COLUMNS)
-    return interactions, _own_items(settings, interactions)
+    """Read a Parquet table with the columns of `read_csv`, or a folder of such files, which follow
+    each other by name; never held as a whole.
+    """
+    files = parquet_files(settings.root)
+
+    def parts() -> Iterator[pd.DataFrame]:
+        for path in files:
+            yield from _parquet_parts(path, OWN_COLUMNS)
+
+    return parts, _own_items(settings)
+
+
+def parquet_files(text: str) -> list[Path]:
+    """The file of this path, or those in this folder and below by name; hidden ones left out.
+
+    Raises InputError where there is none.
+    """
+    root = Path(text)
+    if not root.is_dir():
+        return [_own_file("data.root", text)]
+    files = [path for end in PARQUET for path in root.rglob(f"*{end}")]
+    parts = {path: path.relative_to(root).parts for path in files if path.is_file()}
+    found = sorted(path for path, names in parts.items() if not any(n[0] in "._" for n in names))
+    if not found:
+        raise InputError(f"data.root: no {' or '.join(PARQUET)} file in {root}; wanted one or more")
+    return found
 
 
 READERS: dict[str, Callable[[DataSettings], Tables]] = {
@@ -80,7 +107,10 @@ def source_files(settings: DataSettings) -> list[Path]:
         return []
     if settings.source in MOVIELENS_FILES:
         return _movielens_files(settings, *MOVIELENS_FILES[settings.source])
-    files = [_own_file("data.root", settings.root)]
+    if settings.source == "parquet":
+        files = parquet_files(settings.root)
+    else:
+        files = [_own_file("data.root", settings.root)]
     if settings.items_file is not None:
         files.append(_own_file("data.items_file", settings.items_file))
     return files
@@ -146,12 +176,12 @@ def _own_file(setting: str, text: str) -> Path:
     return path
 
 
-def _own_items(settings: DataSettings, interactions: pd.DataFrame) -> pd.DataFrame:
+def _own_items(settings: DataSettings) -> pd.DataFrame:
     """The table `data.items_file` (Parquet by its ending, else CSV); without one no titles."""
     if settings.items_file is None:
-        return pd.DataFrame({"item": interactions["item"].iloc[:0], "title": []})
+        return pd.DataFrame({"item": [], "title": []})
     path = _own_file("data.items_file", settings.items_file)
-    read = _parquet if path.suffix in (".parquet", ".pq") else _csv
+    read = _parquet if path.suffix in PARQUET else _csv
     return read(path, {"item_id": "item", "title": "title"})
 
 
@@ -177,49 +207,96 @@ def _parquet(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     return _checked(path, table, columns)
 
 
-def _checked(path: Path, table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
-    """The named columns under our names, each value checked; items without title are left out."""
-    if any(name not in table.columns for name in columns):
-        found = ", ".join(map(str, table.columns))
-        raise InputError(f"{path}: columns {found}; wanted {', '.join(columns)}")
+def _parquet_parts(path: Path, columns: dict[str, str]) -> Iterator[pd.DataFrame]:
+    """The named columns of a Parquet file, so many rows at a time, checked like a whole table but
+    for text ids: whether all are whole numbers is known at the end only.
+    """
+    first = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names, columns)
+            for batch in file.iter_batches(PART_ROWS, columns=list(columns)):
+                table = batch.to_pandas(ignore_metadata=True)
+                yield _checked(path, table, columns, first, {"user": _names, "item": _names})
+                first += len(table)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; wanted a Parquet table") from None
+
+
+def _check_columns(path: Path, found: Sequence[str], columns: dict[str, str]) -> None:
+    if any(name not in found for name in columns):
+        there = ", ".join(map(str, found))
+        raise InputError(f"{path}: columns {there}; wanted {', '.join(columns)}")
+
+
+Check = Callable[[Path, pd.Series, int], pd.Series]
+
+
+def _checked(
+    path: Path,
+    table: pd.DataFrame,
+    columns: dict[str, str],
+    first: int = 0,
+    other_checks: dict[str, Check] | None = None,
+) -> pd.DataFrame:
+    """The named columns under our names, each value checked; items without title are left out.
+
+    `first`: rows of the file before these.
+    """
+    _check_columns(path, table.columns, columns)
     table = table[list(columns)].rename(columns=columns)
     if "title" in table:
         table = table.dropna(subset="title").reset_index(drop=True)
     for name, column in table.items():
         if column.isna().any():
-            row = int(np.flatnonzero(column.isna())[0]) + 1
+            row = first + int(np.flatnonzero(column.isna())[0]) + 1
             raise InputError(f"{path}: row {row}: no value for {name}; every row needs one")
-    checks = {"user": _ids, "item": _ids, "time": _times, "title": _texts}
-    return table.assign(**{name: checks[name](path, table[name]) for name in table})
+    checks: dict[str, Check] = {"user": _ids, "item": _ids, "time": _times, "title": _texts}
+    checks |= other_checks or {}
+    return table.assign(**{name: checks[name](path, table[name], first) for name in table})
 
 
-def _ids(path: Path, column: pd.Series) -> pd.Series:
-    """Ids as int64 if all are plain whole numbers (so that they sort as such), else as text."""
+def _names(path: Path, column: pd.Series, first: int = 0) -> pd.Series:
+    """Ids as int64 if they are stored as whole numbers, else as text."""
     if pd.api.types.is_integer_dtype(column):
         return column.astype(np.int64)
     if pd.api.types.is_float_dtype(column):
         raise InputError(f"{path}: {column.name} ids are fractions; wanted whole numbers or text")
     words = column.astype("category")
-    names = [str(name) for name in words.cat.categories]
+    texts = np.array([str(name) for name in words.cat.categories], dtype=object)
+    return pd.Series(texts[words.cat.codes], name=column.name, dtype=object)
+
+
+def as_numbers(names: list[str]) -> np.ndarray:
+    """Distinct texts as int64 if all are plain whole numbers (so that they sort as such), else as
+    they are.
+    """
     if all(name.isascii() and name.isdigit() and str(int(name)) == name for name in names):
-        values = np.array([int(name) for name in names], dtype=np.int64)
-    else:
-        values = np.array(names, dtype=object)
+        return np.array([int(name) for name in names], dtype=np.int64)
+    return np.array(names, dtype=object)
+
+
+def _ids(path: Path, column: pd.Series, first: int = 0) -> pd.Series:
+    """Ids as int64 if all are plain whole numbers, else as text."""
+    ids = _names(path, column)
+    if ids.dtype == np.int64:
+        return ids
+    words = ids.astype("category")
+    values = as_numbers([str(name) for name in words.cat.categories])
     return pd.Series(values[words.cat.codes], name=column.name)
 
 
-def _times(path: Path, column: pd.Series) -> pd.Series:
+def _times(path: Path, column: pd.Series, first: int = 0) -> pd.Series:
     """Times as numbers: numbers as they are, dates (ISO 8601 text too) as nanoseconds."""
     if pd.api.types.is_numeric_dtype(column):
         return column
     dates = pd.to_datetime(column, format="ISO8601", utc=True, errors="coerce")
     if dates.isna().any():
         row = int(np.flatnonzero(dates.isna())[0])
-        raise InputError(
-            f"{path}: row {row + 1}: timestamp {column.iloc[row]!r}; wanted numbers or ISO 8601"
-        )
+        what = f"timestamp {column.iloc[row]!r}; wanted numbers or ISO 8601"
+        raise InputError(f"{path}: row {first + row + 1}: {what}")
     return dates.astype("datetime64[ns, UTC]").astype(np.int64)
 
 
-def _texts(path: Path, column: pd.Series) -> pd.Series:
+def _texts(path: Path, column: pd.Series, first: int = 0) -> pd.Series:
     return column.astype(str)

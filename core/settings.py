@@ -100,7 +100,9 @@ class DataSettings(Section):
 
     source: Source = "synthetic"
     root: str = "data"
-    """Folder (MovieLens layouts) or file (`csv`, `parquet`) that holds the ratings."""
+    """Folder (MovieLens layouts) or file (`csv`, `parquet`) that holds the ratings; a folder of
+    files too for `parquet`.
+    """
     items_file: str | None = None
     """`csv`/`parquet` only: table of item_id, title. Without it titles are the item ids."""
     limit_data_rows: Limit = -1

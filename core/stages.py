@@ -4,11 +4,13 @@ A stage is a function of a `Work` order. It reads upstream artefacts by name, wr
 folder, and reports through the observer. `core.pipeline` says in which order and with what.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -31,8 +33,10 @@ from core import (
 )
 from core.loop import Fit, adamw, fit_loop
 from core.observe import Observer
+from core.overlap import Overlapped
 from core.plan import GatedPrompts
 from core.sasrec import SASRec
+from core.states import encoder_states
 
 PROBE = "probe.npy"
 """Beside the checkpoints of a short trial: what the model said when it had written them."""
@@ -71,8 +75,9 @@ def prepare_data(work: Work) -> None:
     """Read the ratings and cut them leave-one-out."""
     with work.observer.phase("data"):
         shutil.rmtree(work.folder / "split", ignore_errors=True)
-        prepared = data.prepare(work.settings.data)
-        data.save(prepared, work.folder / "split")
+        with TemporaryDirectory(dir=work.folder) as scratch:
+            prepared = data.prepare(work.settings.data, Path(scratch))
+            data.save(prepared, work.folder / "split")
     work.observer.facts.update(cut=prepared.cut, data_digest=prepared.digest)
 
 
@@ -192,7 +197,7 @@ def _teacher_fit(work: Work, group: ranks.Group) -> None:
     with observer.phase("set_up"):
         queries = _training_queries(work, prepared, pieces, _micro_batches(work) * train.batch_size)
         asked = prompts.prompts_of(queries, settings.teacher.max_history, settings.teacher.mode)
-        states = teacher.encoder_states(model.encoder, prompts.gate_queries(asked))
+        states = encoder_states(model.encoder, prompts.gate_queries(asked))
         optimizer = adamw(model.trainable(), train.lr, train.weight_decay)
 
     def batches(epoch: int) -> GatedPrompts:
@@ -278,18 +283,30 @@ def teacher_outputs(work: Work) -> None:
         width=model.width,
         hashes={"data": prepared.digest, "teacher": work.provenance["teacher_fit"]},
     )
-    with writer, observer.phase("outputs"):
+    said = functools.partial(_said, kept=kept)
+    with writer, Overlapped(said, writer.write) as store, observer.phase("outputs"):
         for batch, state_BH, scores_BV in teacher.infer(
             model, pieces, queries, settings, observer, writer.missing()
         ):
-            log_total = scores_BV[:, 1:].logsumexp(1)
-            target = scores_BV.gather(1, batch["targets"][:, None])[:, 0] - log_total
-            ids, best = metrics.top_k(scores_BV, kept)
-            columns = (batch["rows"], ids.int(), best, log_total, target, state_BH)
-            writer.write(*(column.cpu().numpy() for column in columns))
+            store(batch["rows"].numpy(), scores_BV, batch["targets"], state_BH)
             observer.step(batch["samples"])
     with observer.phase("item_embeddings"):
         writer.finish(_item_embeddings(work, model, pieces))
+
+
+def _said(scores_BV: Tensor, targets_B: Tensor, state_BH: Tensor, kept: int) -> dict[str, Tensor]:
+    """What is stored of each row, by the names of `Writer.write`, which refuses what is not finite:
+    nothing is read back from the device here.
+    """
+    log_total_B = scores_BV[:, 1:].logsumexp(1)
+    ids_BK, best_BK = metrics.best(scores_BV, kept)
+    return {
+        "top_ids": ids_BK.int(),
+        "scores": best_BK,
+        "log_sum_exp": log_total_B,
+        "target_log_prob": scores_BV.gather(1, targets_B[:, None])[:, 0] - log_total_B,
+        "embedding": state_BH,
+    }
 
 
 def _item_embeddings(work: Work, model: teacher.Teacher, pieces: prompts.Pieces) -> np.ndarray:

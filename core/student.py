@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from core import distill
+from core import distill, item_scores
 from core.config import InputError
 from core.data import Prepared, train_samples
 from core.loop import autocast
@@ -143,7 +143,8 @@ def scorer(
                 states = model(torch.from_numpy(items).to(table.device), input_VD)
             last = torch.from_numpy(lengths - 1).to(table.device)
             states_BD = states[torch.arange(len(rows), device=table.device), last].float()
-            yield rows, states_BD @ table.t()
+            for part, scores_RV in item_scores.in_parts(states_BD, table):
+                yield rows[part], scores_RV
 
     return score
 

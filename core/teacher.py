@@ -5,14 +5,14 @@ Shapes: R rows of a batch, L tokens of a row, M = R·L, S samples (answers), I i
 backbone width, D SASRec width, V items, C candidates of the training softmax.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import ilora, llm
+from core import ilora, item_scores, llm
 from core.compiling import Execution
 from core.config import InputError
 from core.loop import autocast, delivered, loader
@@ -23,6 +23,7 @@ from core.ranking import Queries, Scorer
 from core.reverse import decayed_lambda, reverse_loss
 from core.sasrec import SASRec
 from core.settings import Settings
+from core.states import States
 
 
 class Teacher(nn.Module):
@@ -65,6 +66,7 @@ class Teacher(nn.Module):
             for parameter in set(self.trainable()) - routed:
                 parameter.data = parameter.data.to(llm.WEIGHT_DTYPES[precision])
         self.cache = None
+        self.states = States()
         one_shape = settings.data.batching == "packed"
         backbone = self.backbone.get_base_model()
         self.execution = Execution(backbone, settings.train.compile, one_shape)
@@ -146,20 +148,19 @@ class Teacher(nn.Module):
         weight = self.projector[0].weight
         return self.projector(vectors_ND.to(weight.dtype) * vectors_ND.shape[-1] ** 0.5)
 
-    def scores(self, state_BH: Tensor, candidates_C: Tensor | None = None) -> Tensor:
-        """Item scores in fp32: (B, C) for candidates, else (B, V+1) with column 0 = padding."""
+    def items(self, chosen_C: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What states are scored against: vectors (C, H) and biases (C,), if any, of chosen items
+        or of all, V+1 with padding first.
+        """
         if hasattr(self, "head"):
             weight, bias = self.head.weight, self.head.bias
-            if candidates_C is not None:
-                weight, bias = weight[candidates_C], bias[candidates_C]
-            vectors = weight
-        else:
-            table = self.item_table if candidates_C is None else self.item_table[candidates_C]
-            vectors, bias = self.project(table), None
-        # Low-precision scores tie: a bf16 product keeps about a third of 3,700 distinct values.
-        with torch.autocast(state_BH.device.type, enabled=False):
-            scores = state_BH.float() @ vectors.float().t()
-            return scores if bias is None else scores + bias.float()
+            return (weight, bias) if chosen_C is None else (weight[chosen_C], bias[chosen_C])
+        table = self.item_table if chosen_C is None else self.item_table[chosen_C]
+        return self.project(table), None
+
+    def scores(self, state_BH: Tensor, candidates_C: Tensor | None = None) -> Tensor:
+        """Item scores in fp32: (B, C) for candidates, else (B, V+1) with column 0 = padding."""
+        return item_scores.score(state_BH, *self.items(candidates_C))
 
     def reverse_distance(self, kind: str) -> Tensor | None:
         """D(E, E0) of the trainable item table; None with the random head."""
@@ -195,40 +196,6 @@ class Teacher(nn.Module):
         }
 
 
-@torch.no_grad()
-def encoder_states(encoder: SASRec, queries: Queries, batch_size: int = 256) -> Tensor:
-    """SASRec state of every query's history, (Q, D) fp32 on the CPU; once for each split.
-
-    Left-aligned rows give a prefix the state of that position in the longer row, so one row serves
-    all prefixes of a user that fit the window; only longer histories, whose window has moved on,
-    get a row of their own.
-    """
-    device, most = encoder.item_table.weight.device, encoder.max_length
-    states = torch.empty(len(queries), encoder.item_table.weight.shape[1])
-    position = np.minimum(queries.lengths, most) - 1
-    # The longest row with the same first item serves the others; beyond the window the first item
-    # differs for each.
-    first = np.maximum(queries.ends - most, queries.starts)
-    order = np.lexsort((queries.lengths, first))
-    longest = np.append(first[order][1:] != first[order][:-1], True)
-    serving = order[longest]
-    group = np.empty(len(queries), dtype=np.int64)
-    group[order] = np.cumsum(longest) - longest
-    members = np.argsort(group, kind="stable")
-    bounds = np.searchsorted(group[members], np.arange(len(serving) + 1))
-    by_length = np.argsort(position[serving], kind="stable")
-    for start in range(0, len(serving), batch_size):
-        chosen = by_length[start : start + batch_size]
-        items, _ = queries.newest(serving[chosen], most)
-        found = encoder(torch.from_numpy(items).to(device)).float().cpu()
-        rows = np.concatenate([members[bounds[g] : bounds[g + 1]] for g in chosen])
-        line = np.repeat(np.arange(len(chosen)), bounds[chosen + 1] - bounds[chosen])
-        states[torch.from_numpy(rows)] = found[
-            torch.from_numpy(line), torch.from_numpy(position[rows])
-        ]
-    return states
-
-
 def training_loss(
     teacher: Teacher, batch: dict, settings: Settings, reverse_weight: float, observer: Observer
 ) -> Tensor:
@@ -242,21 +209,23 @@ def training_loss(
     targets_B = batch["targets"]
     items = len(teacher.encoder.item_table.weight) - 1
     if items <= settings.teacher.train_candidates:
-        scores, labels = teacher.scores(state_BH)[:, 1:], targets_B - 1
+        vectors, bias = teacher.items()
+        # Without padding, which is no candidate.
+        vectors, bias, labels = vectors[1:], None if bias is None else bias[1:], targets_B - 1
     else:
         others = batch.get("all_targets", targets_B)
         extra = max(settings.teacher.train_candidates - len(others), 0)
         drawn = torch.randint(1, items + 1, (extra,), device=targets_B.device)
         candidates_C = torch.cat([others, drawn])
-        scores = teacher.scores(state_BH, candidates_C)
         # Of an item drawn twice one column counts. Which one, a table says: to make the candidates
         # unique would mean to ask the device how many there are.
         columns_C = torch.arange(len(candidates_C), device=candidates_C.device)
         column_V = torch.empty(items + 1, dtype=torch.long, device=candidates_C.device)
         column_V[candidates_C] = columns_C
-        again_C = column_V[candidates_C] != columns_C
-        scores, labels = scores.masked_fill(again_C, float("-inf")), column_V[targets_B]
-    loss = F.cross_entropy(scores, labels)
+        (vectors, bias), labels = teacher.items(candidates_C), column_V[targets_B]
+        bias = torch.zeros_like(columns_C, dtype=torch.float32) if bias is None else bias.float()
+        bias = bias.masked_fill(column_V[candidates_C] != columns_C, float("-inf"))
+    loss = item_scores.cross_entropy(state_BH, vectors, bias, labels)
     if "weight" in batch:
         loss = loss * batch["weight"]
     distance = teacher.reverse_distance(settings.teacher.distill_loss_type)
@@ -280,12 +249,12 @@ def reverse_weight(settings: Settings, optimizer_steps: int, total_steps: int) -
 
 def scorer(teacher: Teacher, pieces: Pieces, settings: Settings, observer: Observer) -> Scorer:
     """Full-catalogue scores after each history, (B, V+1) fp32, in batches of
-    `inference_batch_size`.
+    `inference_batch_size` or less.
     """
 
     def score(queries: Queries) -> Iterator[tuple[np.ndarray, Tensor]]:
         for batch, _, scores_BV in infer(teacher, pieces, queries, settings, observer):
-            yield batch["rows"].cpu().numpy(), scores_BV
+            yield batch["rows"].numpy(), scores_BV
 
     return score
 
@@ -299,8 +268,11 @@ def infer(
     observer: Observer,
     rows: np.ndarray | None = None,
 ) -> Iterator[tuple[dict, Tensor, Tensor]]:
-    """Run the queries: batches with read-out states (S, H) and scores (S, V+1), fp32. With `rows`
-    the prompts that answer these rows, whatever else they answer.
+    """Run the queries: batches with read-out states (S, H) and scores (S, V+1), fp32; a batch with
+    more scores than the budget of `core.item_scores` comes in parts. With `rows` the prompts that
+    answer these rows, whatever else they answer.
+
+    The batch's rows are on the host, everything else where the teacher is.
     """
     teacher.eval()
     device = teacher.projector[0].weight.device
@@ -308,23 +280,30 @@ def infer(
     if rows is not None:
         asked = asked.that_answer(rows)
     batches = GatedPrompts(
-        encoder_states(teacher.encoder, gate_queries(asked)),
+        teacher.states.of(teacher.encoder, gate_queries(asked)),
         pieces,
         asked,
         settings.teacher.inference_batch_size,
         batching=settings.data.batching,
     )
-    for batch in delivered(loader(batches, settings.train.num_workers, device), observer, device):
+    with autocast(settings.train.precision, device):
+        items = teacher.items()  # of fixed weights: once for all batches
+    source = delivered(loader(batches, settings.train.num_workers, device), observer, device)
+    for index, batch in enumerate(source):
         observer.loader_processes()
         with observer.first_step(), autocast(settings.train.precision, device):
             state_SH = teacher.read_out(batch, observer)
-            scores_SV = teacher.scores(state_SH)
+            parts = item_scores.in_parts(state_SH, *items)
+            first = next(parts)
         observer.largest("largest_batch", batch["prompts"])
         observer.batch(batch)
         observer.counts.update(
             inference_tokens=batch["tokens"], inference_padded_tokens=batch["padded_tokens"]
         )
-        yield batch, state_SH.float(), scores_SV
+        answered = torch.from_numpy(batches.rows(index))
+        for part, scores_RV in itertools.chain([first], parts):
+            own = {"rows": answered[part], "targets": batch["targets"][part]}
+            yield batch | own | {"samples": len(scores_RV)}, state_SH[part].float(), scores_RV
 
 
 @torch.inference_mode()

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.metrics import paired_difference, rank, summary, top_k
+from core.metrics import (
+    best,
+    best_columns_by_keys,
+    best_columns_on_host,
+    paired_difference,
+    rank,
+    summary,
+    top_k,
+)
 
 FEW_SCORES = st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 0.25, 1.0, 7.0])
 
@@ -60,6 +68,57 @@ def test_top_k_equals_a_sort_by_score_then_id(row, data):
     assert scores_BK.dtype == torch.float32
 
 
+def simple_rank(scores_BV1, targets_B, seen_BL):
+    """A mask over the whole matrix, then two comparisons: what `rank` avoids."""
+    masked = torch.zeros_like(scores_BV1, dtype=torch.bool).scatter_(1, seen_BL, True)
+    masked[:, 0] = True
+    masked.scatter_(1, targets_B[:, None], False)
+    ranked = scores_BV1.masked_fill(masked, -math.inf)
+    own = ranked.gather(1, targets_B[:, None])
+    return (ranked > own).sum(1).float() + ((ranked == own).sum(1) - 1).float() / 2
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 300), st.integers(0, 40), st.sampled_from([2, 50, 0]))
+def test_rank_equals_the_simple_form_on_real_scores_and_on_ties(seed, items, length, levels):
+    random = torch.Generator().manual_seed(seed)
+    scores = torch.randn(17, items + 1, generator=random)
+    if levels:
+        scores = (scores * levels).round() / levels
+    targets = torch.randint(1, items + 1, (17,), generator=random)
+    seen = torch.randint(0, items + 1, (17, length), generator=random)  # repeats, padding, targets
+    assert torch.equal(rank(scores, targets, seen), simple_rank(scores, targets, seen))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 200), st.sampled_from([1, 3, 1000]), st.data())
+def test_best_equals_a_stable_sort(seed, items, levels, data):
+    random = torch.Generator().manual_seed(seed)
+    scores = (torch.randn(5, items + 1, generator=random) * levels).round() / levels
+    scores = scores * 10.0 ** data.draw(st.integers(-44, 37))  # subnormal to huge
+    k = data.draw(st.integers(1, items))
+    wanted = (scores[:, 1:] + 0.0).sort(dim=1, descending=True, stable=True)
+    for find in (best_columns_by_keys, best_columns_on_host):
+        assert torch.equal(find(scores[:, 1:], k), wanted.indices[:, :k]), find
+    ids_BK, best_BK = best(scores, k)
+    assert torch.equal(ids_BK, wanted.indices[:, :k] + 1)
+    assert torch.equal(best_BK, wanted.values[:, :k])
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_best_leaves_scores_that_are_not_finite_to_its_caller(bad):
+    scores = torch.randn(3, 8)
+    scores[1, 2:] = bad
+    ids_BK, best_BK = best(scores, 4)
+    assert ids_BK.shape == best_BK.shape == (3, 4)
+    assert torch.equal(ids_BK[[0, 2]], best(scores[[0, 2]], 4)[0])
+
+
+def test_a_single_item_with_a_non_finite_score_is_refused():
+    with pytest.raises(ValueError, match="of 1 users"):
+        rank(torch.tensor([[0.0, math.nan]]), torch.tensor([1]))
+
+
 def test_first_and_last_item_can_win_and_be_targets():
     scores = torch.tensor([[9.0, 5.0, 1.0, 2.0], [9.0, 1.0, 2.0, 5.0]])
     assert rank(scores, torch.tensor([1, 3])).tolist() == [0, 0]
@@ -83,7 +142,7 @@ def test_seen_items_are_skipped_but_never_the_target():
 def test_non_finite_scores_are_counted_and_refused_unless_masked(bad):
     scores = torch.zeros(2, 6)
     scores[0, 2] = scores[1, 3] = bad
-    with pytest.raises(ValueError, match="rank: 2 non-finite"):
+    with pytest.raises(ValueError, match=r"rank: non-finite scores .* of 2 users"):
         rank(scores, torch.tensor([1, 1]))
     scores[:, 0] = bad
     assert rank(scores, torch.tensor([1, 1]), torch.tensor([[2], [3]])).tolist() == [1.5, 1.5]
@@ -91,7 +150,7 @@ def test_non_finite_scores_are_counted_and_refused_unless_masked(bad):
 
 def test_a_non_finite_target_is_refused_even_when_seen():
     scores = torch.tensor([[0.0, math.nan, 1.0]])
-    with pytest.raises(ValueError, match="1 non-finite"):
+    with pytest.raises(ValueError, match="of 1 users"):
         rank(scores, torch.tensor([1]), torch.tensor([[1]]))
 
 
@@ -131,7 +190,7 @@ def test_ranking_leaves_the_scores_alone():
 def test_top_k_refuses_what_it_cannot_order():
     with pytest.raises(ValueError, match=r"need 1\.\.3"):
         top_k(torch.zeros(1, 4), 4)
-    with pytest.raises(ValueError, match="1 scores are NaN"):
+    with pytest.raises(ValueError, match="1 rows hold NaN"):
         top_k(torch.tensor([[0.0, 1.0, -math.nan, 2.0]]), 1)
     with pytest.raises(ValueError, match="fewer items"):
         top_k(torch.tensor([[5.0, 1.0, -math.inf, 2.0]]), 3)

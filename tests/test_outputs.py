@@ -226,3 +226,12 @@ def test_memory_stays_bounded(tmp_path, monkeypatch):
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@given(st.integers(0, SAMPLES - 1), st.integers(1, SAMPLES))
+def test_following_ids_are_written_in_one_piece(first, count):
+    ids = np.arange(first, min(first + count, SAMPLES))
+    assert outputs._slice_of(ids) == slice(ids[0], ids[-1] + 1)
+    if len(ids) > 1:
+        for other in (ids[::-1], np.append(ids, ids[0])):
+            assert isinstance(outputs._slice_of(other), np.ndarray)

@@ -17,6 +17,7 @@ from core.observe import Observer
 from core.plan import GatedPrompts, Plan
 from core.prompts import Prompts, gate_queries, prompts_of
 from core.settings import Batching, DataSettings, Mode, Settings
+from core.states import encoder_states
 
 MODES, BATCHINGS = get_args(Mode), get_args(Batching)
 HISTORY = 5
@@ -40,7 +41,7 @@ def answers(model, batches: GatedPrompts) -> dict[int, torch.Tensor]:
 def one_by_one(model, asked: Prompts) -> dict[int, torch.Tensor]:
     """Every answer from a forward of its own: the same window, ended where the answer is asked."""
     found = {}
-    everything = tiny.encoder_states(model.encoder, gate_queries(asked))
+    everything = encoder_states(model.encoder, gate_queries(asked))
     for prompt in range(len(asked)):
         for row in asked.samples(np.array([prompt])):
             alone = Prompts(

@@ -1,6 +1,7 @@
 """The teacher: padding, gates, checkpointing, precision, checkpoints, frozen parts, scores."""
 
 import weakref
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ from perf.counters import Operators
 from tiny import FAMILIES, close, encoder, pieces, prepared, queries
 from transformers import AutoConfig, AutoModel
 
-from core import teacher
+from core import item_scores, states, teacher
 from core.config import InputError
 from core.lightning import fit_lightning
 from core.loop import Fit, adamw, autocast, fit_loop
@@ -341,14 +342,28 @@ def test_the_loss_over_the_whole_catalogue_is_cross_entropy_of_items(table):
     assert close(found, wanted.detach())
 
 
+@pytest.mark.parametrize("changes", [{}, {"use_item_embeddings_head": False}])
+@pytest.mark.parametrize("candidates", [20, 2048])
+def test_the_loss_in_parts_has_the_same_gradients(monkeypatch, changes, candidates):
+    found = []
+    for budget in (item_scores.SCORE_BYTES, 1):
+        monkeypatch.setattr(item_scores, "SCORE_BYTES", budget)
+        model, settings = build(train_candidates=candidates, **changes)
+        torch.manual_seed(0)
+        batch = tiny.batch(model, settings, ROWS)
+        loss = teacher.training_loss(model, batch, settings, 0.1, Observer())
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.trainable())])
+    for whole, parts in zip(*found, strict=True):
+        assert close(parts, whole)
+
+
 def test_the_loss_over_candidates_holds_targets_and_uniform_negatives(monkeypatch):
     model, settings = build(train_candidates=20)
     batch = tiny.batch(model, settings, ROWS)
     seen = []
-    scores = model.scores
-    monkeypatch.setattr(
-        model, "scores", lambda state, ids=None: seen.append(ids) or scores(state, ids)
-    )
+    items = model.items
+    monkeypatch.setattr(model, "items", lambda ids=None: seen.append(ids) or items(ids))
     everything = set()
     for _ in range(40):
         found = teacher.training_loss(model, batch, settings, 0.0, Observer())
@@ -359,7 +374,7 @@ def test_the_loss_over_candidates_holds_targets_and_uniform_negatives(monkeypatc
     unique = sorted(set(ids.tolist()))
     assert len(unique) < 20, "one drawn twice counts once"
     labels = torch.tensor([unique.index(t) for t in batch["targets"].tolist()])
-    wanted = scores(model.read_out(batch), torch.tensor(unique))
+    wanted = model.scores(model.read_out(batch), torch.tensor(unique))
     assert close(found, F.cross_entropy(wanted, labels))
     assert everything == set(range(1, prepared().num_items + 1))  # both ends, never padding
 
@@ -393,7 +408,7 @@ def test_encoder_states_equal_one_history_at_a_time(batch_size, which):
     asked = queries() if which == "train" else held_out(prepared(), which)
     assert (asked.lengths > model.max_length).any()
     assert (asked.lengths < model.max_length).any()
-    found = teacher.encoder_states(model, asked, batch_size)
+    found = states.encoder_states(model, asked, batch_size)
     assert not found.requires_grad
     for row in range(len(asked)):
         items, lengths = asked.newest(np.array([row]), model.max_length)
@@ -405,7 +420,7 @@ def test_encoder_states_run_one_row_for_many_prefixes(monkeypatch):
     model, rows = encoder(), []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda x: rows.append(len(x)) or forward(x))
-    teacher.encoder_states(model, queries())
+    states.encoder_states(model, queries())
     windows = np.maximum(queries().lengths - model.max_length, 0)
     assert sum(rows) == len(set(zip(queries().users, windows, strict=True)))
     assert sum(rows) < 0.7 * len(queries())
@@ -454,15 +469,52 @@ def test_the_batch_size_does_not_matter(reference, size):
         assert close(scores, wanted[sample][2], 1e-4)
 
 
+def test_scores_above_the_budget_come_in_parts(reference, monkeypatch):
+    model, wanted = reference
+    columns = prepared().num_items + 1
+    monkeypatch.setattr(item_scores, "SCORE_BYTES", 5 * columns * item_scores.BYTES_EACH)
+    some, sizes = np.arange(0, len(queries()), 7), []
+    given = tiny.settings(inference_batch_size=12)
+    for batch, state, scores in teacher.infer(model, pieces(), queries(), given, Observer(), some):
+        sizes.append(batch["samples"])
+        assert len(batch["rows"]) == len(batch["targets"]) == len(state) == len(scores)
+        for i, row in enumerate(batch["rows"].tolist()):
+            assert batch["targets"][i] == wanted[row][0]
+            assert close(state[i], wanted[row][1], 1e-4)
+            assert close(scores[i], wanted[row][2], 1e-4)
+    assert sizes[:3] == [5, 5, 2] and sum(sizes) == len(some)
+
+
+def test_states_are_made_once_for_a_split_and_anew_for_other_weights_or_queries(monkeypatch):
+    made = []
+    compute = states.encoder_states
+    monkeypatch.setattr(
+        states, "encoder_states", lambda *given: made.append(given) or compute(*given)
+    )
+    model, kept = encoder(), teacher.States()
+    first, again = (kept.of(model, held_out(prepared(), "validation")) for _ in range(2))
+    assert again is first and len(made) == 1
+    other = kept.of(model, held_out(prepared(), "test"))
+    assert len(made) == 2 and torch.equal(other, compute(model, held_out(prepared(), "test")))
+    with torch.no_grad():
+        model.item_table.weight.data[3] += 1  # past the version counter of autograd
+    changed = kept.of(model, held_out(prepared(), "test"))
+    assert len(made) == 3 and not torch.equal(changed, other)
+    items = prepared().items.copy()
+    swapped = replace(held_out(prepared(), "test"), items=items[::-1].copy())
+    kept.of(model, swapped)
+    assert len(made) == 4
+
+
 @torch.no_grad()
 def test_shuffled_training_batches_carry_their_own_rows(reference):
     model, wanted = reference
-    states = teacher.encoder_states(model.encoder, queries())
+    wanted_states = states.encoder_states(model.encoder, queries())
     batches = tiny.batches(model, tiny.settings(), 7, seed=3, most=5)
     assert len(batches) == 5
     for index in range(len(batches)):
         batch = batches[index]
-        assert torch.equal(batch["states"], states[batch["rows"]])
+        assert torch.equal(batch["states"], wanted_states[batch["rows"]])
         found = model.read_out(batch)
         for i, row in enumerate(batch["rows"].tolist()):
             assert batch["targets"][i] == wanted[row][0]

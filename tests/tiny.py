@@ -19,7 +19,8 @@ from core.settings import (
     TeacherSettings,
     TrainSettings,
 )
-from core.teacher import Teacher, encoder_states
+from core.states import encoder_states
+from core.teacher import Teacher
 
 CPU = torch.device("cpu")
 FAMILIES = ("tiny", "tiny-llama", "tiny-qwen2")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from core import ilora, metrics, prompts
-from core import teacher as teaching
 from core.settings import TeacherSettings
+from core.states import encoder_states
 from perf import reference, workloads
 from perf.timing import own_seconds
 
@@ -111,7 +111,7 @@ def test_states_of_prefixes_against_a_pass_for_each(timed):
     encoder, queries = tiny.encoder(), tiny.queries()
 
     def now() -> Tensor:
-        return teaching.encoder_states(encoder, queries)
+        return encoder_states(encoder, queries)
 
     def before() -> Tensor:
         return reference.states_by_prefix(encoder, queries)
