@@ -28,17 +28,17 @@ ONE_USER = World(
 )
 Goal = Callable[[int], Iterator[Found]]
 GOALS: Mapping[str, Goal] = {
-    "training": lambda blocks: goal_teacher.training(WORLD, blocks),
-    "long": lambda blocks: goal_teacher.training(LONG, blocks),
-    "evaluation": lambda blocks: goal_teacher.evaluation(WORLD, blocks),
+    "shapes": lambda blocks: goal_parts.shapes(),
+    "padding": lambda blocks: goal_parts.padding(),
     "ranking": goal_parts.full_ranking,
     "layer": goal_parts.gated_layer,
-    "shapes": lambda blocks: goal_parts.shapes(),
-    "gating": lambda blocks: goal_parts.gating(WORLD, blocks),
-    "causal": lambda blocks: goal_teacher.causal(ONE_USER, blocks),
-    "padding": lambda blocks: goal_parts.padding(),
     "outputs": lambda blocks: goal_teacher.outputs_rate(WORLD, blocks),
+    "gating": lambda blocks: goal_parts.gating(WORLD, blocks),
+    "evaluation": lambda blocks: goal_teacher.evaluation(WORLD, blocks),
+    "training": lambda blocks: goal_teacher.training(WORLD, blocks),
     "trainer": lambda blocks: goal_trainer.trainer(WORLD, blocks),
+    "causal": lambda blocks: goal_teacher.causal(ONE_USER, blocks),
+    "long": lambda blocks: goal_teacher.training(LONG, blocks),
 }
 
 

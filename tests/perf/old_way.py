@@ -362,10 +362,33 @@ def place_of_target(scores_V1: Tensor, queries: Queries, row: int, most: int) ->
     return int(hit[0]) if len(hit) else most
 
 
-def rank_by_torch(
+def rank_by_sorting(
     states_QD: Tensor, table_VD: Tensor, queries: Queries, cutoffs: Sequence[int]
 ) -> dict[str, float]:
-    """Metrics of all queries in a loop over users, tensors inside."""
+    """Metrics and loss of all queries in a loop over users that sorts each one's items, as most
+    published evaluations do.
+    """
+    places, loss = [], 0.0
+    for row, state_D in enumerate(states_QD):
+        scores_V1 = table_VD @ state_D
+        start, end = int(queries.starts[row]), int(queries.ends[row])
+        target = torch.tensor(int(queries.items[end]))
+        loss += F.cross_entropy(scores_V1[1:], target - 1).item()
+        ranked = scores_V1.clone()
+        ranked[torch.from_numpy(queries.items[start:end].astype(np.int64))] = -torch.inf
+        ranked[0] = -torch.inf
+        ranked[target] = scores_V1[target]
+        order = ranked.argsort(descending=True)
+        places.append(int((order == target).nonzero()))
+    return metrics_of(places, cutoffs) | {"loss": loss / len(places)}
+
+
+def rank_by_top(
+    states_QD: Tensor, table_VD: Tensor, queries: Queries, cutoffs: Sequence[int]
+) -> dict[str, float]:
+    """Metrics of all queries in a loop over users that looks at the first places only: no ranks
+    behind them, no loss.
+    """
     places = [
         place_of_target(table_VD @ state_D, queries, row, max(cutoffs))
         for row, state_D in enumerate(states_QD)

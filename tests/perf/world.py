@@ -3,6 +3,7 @@
 Shapes: B users, H backbone width, V items.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import data, llm, metrics, outputs, prompts, ranking
+from core import data, llm, outputs, prompts, ranking, stages
 from core import teacher as teaching
 from core.data import Prepared
 from core.loop import Fit, adamw, fit_loop
 from core.observe import Observer, Step
+from core.overlap import Overlapped
 from core.plan import GatedPrompts
 from core.prompts import Pieces, gate_queries, prompts_of
 from core.ranking import Queries
@@ -34,6 +36,7 @@ from core.settings import (
     TeacherSettings,
     TrainSettings,
 )
+from core.states import encoder_states
 from core.teacher import Teacher
 from perf.workloads import unobserved
 
@@ -142,7 +145,7 @@ class World:
 def batches_of(world: World, model: Teacher, rows: np.ndarray, size: int) -> GatedPrompts:
     """Training batches of some samples."""
     asked = prompts_of(world.queries.take(rows), world.max_history, world.mode)
-    states = teaching.encoder_states(model.encoder, gate_queries(asked))
+    states = encoder_states(model.encoder, gate_queries(asked))
     return GatedPrompts(states, world.pieces, asked, size, batching=world.batching, seed=0)
 
 
@@ -257,13 +260,11 @@ def write_outputs(world: World, model: Teacher, queries: Queries, folder: Path) 
     writer = outputs.Writer(
         folder, samples=len(queries), top_k=TOP_K, width=model.width, hashes={"data": "goals"}
     )
-    with writer:
+    said = functools.partial(stages._said, kept=TOP_K)
+    with writer, Overlapped(said, writer.write) as store:
         for batch, state_BH, scores_BV in teaching.infer(
             model, world.pieces, queries, world.settings, unobserved(), writer.missing()
         ):
-            log_total = scores_BV[:, 1:].logsumexp(1)
-            target = scores_BV.gather(1, batch["targets"][:, None])[:, 0] - log_total
-            ids, best = metrics.top_k(scores_BV, TOP_K)
-            columns = (batch["rows"], ids.int(), best, log_total, target, state_BH)
-            writer.write(*(column.cpu().numpy() for column in columns))
+            store(batch["rows"].numpy(), scores_BV, batch["targets"], state_BH)
+    with writer:
         writer.finish(np.zeros((len(world.pieces.lengths), model.width), dtype=np.float32))
