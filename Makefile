@@ -7,7 +7,7 @@ MATRIX ?= matrices/teacher_speed.yaml
 ENGINE ?= docker
 GPUS ?= $(if $(filter podman,$(ENGINE)),--device nvidia.com/gpu=all,--gpus all)
 
-.PHONY: help install bench smoke test test-containers test-slow test-oldest perf perf-accept lint image-cu118 image-cu121 shell-cu118 shell-cu121 all data student teacher distill evaluate clean
+.PHONY: help install bench smoke test test-containers test-slow test-oldest perf perf-accept peers lint image-cu118 image-cu121 shell-cu118 shell-cu121 all data student teacher distill evaluate clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -48,6 +48,10 @@ perf: install  ## speed of our own code against what was accepted; writes report
 
 perf-accept: install  ## make the present speed the accepted one; shows the difference to commit
 	$(BIN)/python -m pytest tests/perf -m perf --perf-accept
+
+PEERS ?= speed
+peers: install  ## the student beside RecTools, RePlay and others, CPU time; writes reports/student_peers.md
+	cd tests && PYTHONPATH=.. ../$(BIN)/python -m perf.peers $(PEERS)
 
 lint: install
 	$(BIN)/ruff check .
