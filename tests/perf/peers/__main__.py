@@ -52,7 +52,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help="names of contenders; default: all")
     parser.add_argument("--steps", type=int, default=8, help="of one block")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quality-steps", type=int, default=96, help="before the blocks")
+    parser.add_argument(
+        "--quality-steps",
+        type=int,
+        default=144,
+        help="before the blocks; 0 leaves quality to the curves",
+    )
     parser.add_argument("--every", type=int, default=3, help="curve: epochs between points")
     parser.add_argument("--most-cpu", type=float, default=20_000.0, help="curve: CPU seconds")
     parser.add_argument("--until", type=float, default=GOAL, help="curve: test ndcg@10")
@@ -75,8 +80,9 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
                 reference = ready.get(OWN.name, found).about
                 why = compare.difference(found.about, reference)
                 if not why:
-                    say(f"{name}: {options.quality_steps} steps to compare quality")
-                    found.train(options.quality_steps)
+                    if options.quality_steps:
+                        say(f"{name}: {options.quality_steps} steps to compare quality")
+                        found.train(options.quality_steps)
                     _, best = found.top(2, scratch)
                     why = compare.wrong_lists(best, split.histories(2), split.num_items)
             except Unable as unable:
@@ -88,7 +94,7 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
             ready[name], quality[name] = found, compare.quality(best, split.targets(2))
             say(f"{name}: {quality[name]}")
         full = [quality[n]["ndcg"] for n in ready if chosen[n].loss == OWN.loss]
-        if quality[OWN.name]["ndcg"] < LEAST_QUALITY * max(full):
+        if options.quality_steps and quality[OWN.name]["ndcg"] < LEAST_QUALITY * max(full):
             raise SystemExit(f"{OWN.name} learns worse after equal steps: {quality}; no rates")
         found = compare.repeats(ready, split, options.steps, options.repeats, scratch)
         own = ready[OWN.name].about

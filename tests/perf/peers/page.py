@@ -53,7 +53,9 @@ def _speed(speed: dict[str, Any]) -> str:
                 figures[1],
                 ratios[1],
                 f"{found['peak_rss_mib']:.0f}",
-                f"{quality['recall']:.4f} / {quality['ndcg']:.4f}",
+                f"{quality['recall']:.4f} / {quality['ndcg']:.4f}"
+                if speed["quality_steps"]
+                else "–",
                 plain(", ".join(filter(None, (found["version"], found["note"])))),
             ]
         )
@@ -61,12 +63,17 @@ def _speed(speed: dict[str, Any]) -> str:
     head += [f"after {speed['quality_steps']} steps", "what"]
     left_out = [[plain(name), plain(why)] for name, why in speed["left_out"].items()]
     count = len(own["train"])
+    said = (
+        "Quality: recall@10 / ndcg@10 of the validation items after as many steps for each."
+        if speed["quality_steps"]
+        else "Quality was not compared in this run, only in the curves."
+    )
     text = f"""## Speed
 
 Median (least to most) of {count} repeats of {speed["steps"]} steps and one ranking of all users.
 Real targets are counted, since rows differ in length; a sequence has
 {speed["targets_per_sequence"]:.1f} on average. *own is*: median (least to most) of the {count}
-paired ratios. Quality: recall@10 / ndcg@10 of the validation items after as many steps for each.
+paired ratios. {said}
 Command: `{speed["command"]}`. {speed["machine"]}.
 """
     return "\n\n".join(

@@ -36,6 +36,7 @@ class AtTheDesk(lightning.Callback):
         parameters = sum(p.numel() for p in module.parameters())
         self.desk.about["parameters"] = parameters
         trainer.should_stop = not self.desk.begin()
+        module.train()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if not self.desk.step_done(int((batch["y"] > 0).sum())):

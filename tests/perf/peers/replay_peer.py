@@ -44,8 +44,6 @@ class AtTheDesk(lightning.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if not self.desk.step_done(int(batch["target_padding_mask"].sum())):
             trainer.should_stop = True
-        module.train()
-        module.trainer = trainer  # ranking has a trainer of its own
 
 
 def main(folder: Path, seed: int, variant: str) -> None:
@@ -104,8 +102,11 @@ def main(folder: Path, seed: int, variant: str) -> None:
             {"predict": transforms["predict"]},
             predict_path=str(work / f"predict{held_out}.parquet"),
         )
+        training = module.trainer  # ranking has a trainer of its own
         trainer = lightning.Trainer(callbacks=[best], inference_mode=True, **options)
         trainer.predict(module, data, return_predictions=False)
+        module.trainer = training
+        module.train()
         users, ids, _ = best.get_result()
         ordered = np.empty((len(users), TOP_K), dtype=np.int64)
         ordered[users.numpy()] = ids.numpy() + 1
