@@ -7,7 +7,7 @@ MATRIX ?= matrices/teacher_speed.yaml
 ENGINE ?= docker
 GPUS ?= $(if $(filter podman,$(ENGINE)),--device nvidia.com/gpu=all,--gpus all)
 
-.PHONY: help install bench smoke test test-containers test-slow test-oldest perf perf-accept goals lint image-cu118 image-cu121 shell-cu118 shell-cu121 all data student teacher distill evaluate clean
+.PHONY: help install bench smoke test test-containers test-slow test-oldest perf perf-accept goals peers lint image-cu118 image-cu121 shell-cu118 shell-cu121 all data student teacher distill evaluate clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -51,6 +51,10 @@ perf-accept: install  ## make the present speed the accepted one; shows the diff
 
 goals: install  ## our own code against the old way and HF Trainer, side by side; writes reports/goals.md
 	PYTHONPATH=tests $(BIN)/python -m perf.goals
+
+PEERS ?= speed
+peers: install  ## the student beside RecTools, RePlay and others, CPU time; writes reports/student_peers.md
+	cd tests && PYTHONPATH=.. ../$(BIN)/python -m perf.peers $(PEERS)
 
 lint: install
 	$(BIN)/ruff check .

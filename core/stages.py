@@ -113,10 +113,6 @@ def _sasrec_fit(work: Work, model, prepared, *, loss, score, save, train) -> Fit
             prepared, batches_of, settings.seed + epoch, work.batches or None
         )
 
-    scheduler = None
-    if settings.student.lr_schedule == "linear":
-        factor = _warm_up_then_linear(epochs * len(batches(0)))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return Fit(
         model=model,
         batches=batches,
@@ -124,7 +120,7 @@ def _sasrec_fit(work: Work, model, prepared, *, loss, score, save, train) -> Fit
         validate=lambda: ranking.evaluate(score, prepared, "validation", settings.eval, most)[0],
         save=save,
         optimizer=optimizer,
-        scheduler=scheduler,
+        scheduler=learning_rate(optimizer, settings.student.lr_schedule, epochs * len(batches(0))),
         device=work.device,
         precision=settings.student.precision,
         max_epochs=epochs,
@@ -247,7 +243,7 @@ def _teacher_fit(work: Work, group: ranks.Group) -> None:
         validate=lambda: ranking.evaluate(score, prepared, "validation", settings.eval, most)[0],
         save=lambda name: checkpoints.save_teacher(model, work.folder / name),
         optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_linear(total)),
+        scheduler=learning_rate(optimizer, "linear", total),
         before_step=before_step,
         device=work.device,
         precision=train.precision,
@@ -261,10 +257,18 @@ def _teacher_fit(work: Work, group: ranks.Group) -> None:
     _run_fit(work, fit, lambda: probe(score, prepared, settings.teacher.inference_batch_size))
 
 
-def _warm_up_then_linear(total: int) -> Callable[[int], float]:
-    """Factor of the learning rate: linear warm-up over 5 % of the steps, then linear to zero."""
+def learning_rate(
+    optimizer: torch.optim.Optimizer, schedule: str, total: int
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """`linear`: warm-up over 5 % of the `total` steps, then linear to zero; `constant`: none."""
+    if schedule == "constant":
+        return None
     warm = max(1, total // 20)
-    return lambda step: min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _trained_teacher(work: Work) -> tuple[teacher.Teacher, prompts.Pieces, data.Prepared]:

@@ -178,9 +178,11 @@ def scorer(
         for rows in queries.by_length(batch_size, model.max_length):
             items, lengths = queries.newest(rows, model.max_length)
             with autocast(settings.precision, table.device):
-                states = model(torch.from_numpy(items).to(table.device), input_VD)
-            last = torch.from_numpy(lengths - 1).to(table.device)
-            states_BD = states[torch.arange(len(rows), device=table.device), last].float()
+                states_BD = model.last_state(
+                    torch.from_numpy(items).to(table.device),
+                    torch.from_numpy(lengths).to(table.device),
+                    input_VD,
+                )
             for part, scores_RV in item_scores.in_parts(states_BD, table):
                 yield rows[part], scores_RV
 

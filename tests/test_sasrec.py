@@ -65,6 +65,15 @@ def test_the_state_of_a_prefix_is_that_position_of_the_whole_row(length):
     assert close(sasrec.last_state(padded, lengths), whole[:, length - 1])
 
 
+@pytest.mark.parametrize(("heads", "blocks"), [(1, 1), (2, 1), (4, 3)])
+def test_the_last_state_alone_is_that_of_the_whole_forward(heads, blocks):
+    sasrec, items = model(num_heads=heads, num_blocks=blocks), rows(5, 8)
+    vectors, lengths = torch.randn(ITEMS + 1, 16), torch.tensor([1, 3, 8, 8, 5])
+    for given in (None, vectors):
+        whole = sasrec(items, given)[torch.arange(5), lengths - 1]
+        assert close(sasrec.last_state(items, lengths, given), whole)
+
+
 def test_rows_of_different_length_in_one_batch_equal_one_by_one():
     sasrec = model()
     lengths = torch.tensor([1, 2, 8, 5])

@@ -336,6 +336,20 @@ def test_settings_a_stage_uses_but_does_not_read_change_nothing_it_makes(own, st
     } == before
 
 
+def test_a_linear_rate_warms_up_and_falls_to_zero():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    assert stages.learning_rate(optimizer, "constant", 100) is None
+    schedule, rates = stages.learning_rate(optimizer, "linear", 100), []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])  # 5 % of the steps
+    assert rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
+    assert rates[-1] == pytest.approx(2 / 95)
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
 def test_lightning_trains_the_same_teacher(own):
     settings = tiny(**{"train.trainer": "lightning"})
     folder, observer = run("teacher_fit", settings, own)

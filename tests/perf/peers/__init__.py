@@ -1,0 +1,1 @@
+"""The student side by side with other SASRec implementations (`make peers`)."""
