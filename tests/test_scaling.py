@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from perf.scaling import STUDIES, Found, Point, Study, main, measure, page, section, write
+from perf.scaling import PAGE, STUDIES, Found, Point, Study, main, measure, page, section, write
 
 SIZES = [1000, 4000, 16_000, 64_000]
 MIB = 1 << 20
@@ -66,22 +66,22 @@ def test_every_study_runs_at_a_small_size(tmp_path):
 
 def test_the_page_holds_what_was_measured(tmp_path):
     every = [found(lambda n: 1e-6 * n), found(lambda n: 1e-9 * n**2)]
-    write(every, tmp_path / "scaling.md")
-    text = (tmp_path / "scaling.md").read_text()
+    write(every, tmp_path / PAGE.name)
+    text = (tmp_path / PAGE.name).read_text()
     assert text == page(every)
     assert "2.00 (2.00 to 2.00)" in text and "so it must be." in text
     assert section(every[0]) in text and "64,000" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "scaling-cpu.svg", "scaling-memory.svg", "scaling.md",
+        "scaling-cpu.svg", "scaling-memory.svg", PAGE.name,
     ]  # fmt: skip
     before = (tmp_path / "scaling-cpu.svg").read_bytes()
-    write(every, tmp_path / "scaling.md")
+    write(every, tmp_path / PAGE.name)
     assert (tmp_path / "scaling-cpu.svg").read_bytes() == before
 
 
 def test_the_command_measures_what_is_asked_for(tmp_path, monkeypatch, capsys):
     study = Study("hold", "MiB", (1, 2, 3), hold, "more is more.")
     monkeypatch.setattr("perf.scaling.STUDIES", [study, Study("other", "MiB", (1,), None, "")])
-    main(tmp_path / "page.md", only="hold")
-    assert "more is more." in (tmp_path / "page.md").read_text()
+    main(tmp_path / "page", only="hold")
+    assert "more is more." in (tmp_path / "page").read_text()
     assert capsys.readouterr().out.count('"study": "hold"') == 3
