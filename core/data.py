@@ -274,6 +274,7 @@ def _digest(items: np.ndarray, offsets: np.ndarray, titles: list[str]) -> str:
     for array, dtype in ((items, "<i4"), (offsets, "<i8")):
         for start in range(0, len(array), PART_ROWS):
             digest.update(np.ascontiguousarray(array[start : start + PART_ROWS], dtype))
+            _give_back(array)
     digest.update(json.dumps(titles).encode())
     return digest.hexdigest()
 
@@ -306,7 +307,6 @@ def load(folder: Path) -> Prepared:
         raise InputError(
             f"{folder}: its contents differ from its digest; delete it and prepare again"
         )
-    _give_back(items)
     # As a plain array: every slice of the other kind costs a Python call.
     plain = np.asarray(items)
     return Prepared(plain, offsets, facts["titles"], eval_users, facts["cut"], facts["digest"])

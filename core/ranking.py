@@ -119,7 +119,8 @@ def evaluate(
             seen_M = to_device(lines * columns + items, device)
         gaps_BV, own_B1 = metrics.gaps(scores_BV, targets_B)
         scored.append(rows)
-        losses.append(gaps_BV[:, 1:].logsumexp(1))  # −log p of the target
+        gaps_BV[:, 0] = -torch.inf  # padding has no part in the loss
+        losses.append(gaps_BV.logsumexp(1))  # −log p of the target
         ranks.append(metrics.rank_by_gaps(gaps_BV, own_B1, targets_B, seen_M))
     if not scored:
         raise ValueError(f"{split}: the model scored none of {len(queries)} queries")
