@@ -53,7 +53,7 @@ class States:
     make them anew.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._asked: tuple = ()
         self._items, self._states = np.empty(0), torch.empty(0)
 
