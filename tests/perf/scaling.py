@@ -91,9 +91,10 @@ class Line:
     @property
     def straight(self) -> str:
         """Whether cost is proportional to size, in words."""
-        if self.low - 0.02 <= 1 <= self.high + 0.02 and self.high - self.low < 0.5:
+        at_last = abs(self.last - 1) <= 0.15
+        if self.low - 0.02 <= 1 <= self.high + 0.02 and self.high - self.low < 0.5 and at_last:
             return "yes"
-        if abs(self.last - 1) <= 0.15:
+        if at_last:
             return "from the larger sizes on"
         return "no: flatter" if self.last < 1 else "no: steeper"
 
