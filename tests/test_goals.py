@@ -244,7 +244,7 @@ def test_the_command_says_by_its_status_what_came_out(monkeypatch, tmp_path):
         raise Unequal("loss differ")
         yield
 
-    out = tmp_path / "goals.md"
+    out = tmp_path / "report.md"
     for name, status in (("reached", 0), ("missed", 1)):
         monkeypatch.setattr(goals, "GOALS", {"g": lambda _, name=name: iter([outcomes[name]])})
         assert goals.main(["--out", str(out)]) == status
