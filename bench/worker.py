@@ -42,6 +42,8 @@ class Lines:
 
     def __init__(self, file: TextIO):
         self.file = file
+        self.begun_s = time.monotonic()
+        """When this program began, by the clock that all processes of a machine share."""
         self.stage, self.phase = "start_up", "start_up"
         self.steps: Counter[str] = Counter()
         """Steps of this stage by phase: a phase goes on counting after one inside it has ended."""
@@ -108,13 +110,12 @@ def heartbeat(lines: Lines) -> Iterator[None]:
 
 
 def main() -> int:
-    begun_s = time.monotonic()
     cell = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with Path(cell["records"]).open("a", encoding="utf-8") as file:
         lines = Lines(file)
         try:
             with heartbeat(lines):
-                work(cell, lines, begun_s)
+                work(cell, lines)
         except Exception as error:  # the text becomes the record
             import traceback
 
@@ -139,10 +140,9 @@ def status_of(error: Exception) -> str | None:
     return None
 
 
-def work(cell: dict[str, Any], lines: Lines, begun_s: float) -> None:
+def work(cell: dict[str, Any], lines: Lines) -> None:
     """Set-up (`prepare`), one half of the preflight, a profile, or measurement of one cell; or the
-    short trial of a batch size (`memory_probe`) and the equally short set-up before it. `begun_s`:
-    when this program began, by the clock that all processes of a machine share.
+    short trial of a batch size (`memory_probe`) and the equally short set-up before it.
     """
     settings = Settings.model_validate(cell["settings"])
     # Its first sample is to show the device before CUDA starts here.
@@ -161,7 +161,7 @@ def work(cell: dict[str, Any], lines: Lines, begun_s: float) -> None:
     here = process_facts(settings)
     if cell["task"] == "memory_probe":
         here["room_bytes"] = wall_in(cell["room_bytes"], watch.device, lines)
-    clock = {"begun_s": begun_s, "imported_s": imported_s, "ready_s": time.monotonic()}
+    clock = {"begun_s": lines.begun_s, "imported_s": imported_s, "ready_s": time.monotonic()}
     lines.write("start", time_s=time.time(), pid=os.getpid(), machine=here, clock=clock)
     if cell.get("gpu_given") and here["gpu"] is None:
         raise RuntimeError(
