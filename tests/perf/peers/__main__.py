@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from perf.peers.contenders import CONTENDERS, LEFT_OUT, OWN, ROOT, Running, Unab
 from perf.peers.desk import Split
 
 GOAL = 0.175
+NOT_ASKED = "not asked for in this run (`--only`)"
 STORE = ROOT / "reports/student_peers.json"
 LEAST_QUALITY = 0.9
 """Share of the best full-softmax peer's validation ndcg@10 that the student must have after equal
@@ -68,6 +70,9 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
     """Equality of data, size and quality first, then the blocks."""
     split, scratch = Split(folder), options.home / "top.npy"
     left_out = dict(LEFT_OUT)
+    left_out |= {
+        c.name: NOT_ASKED for c in CONTENDERS if options.only and c.name not in options.only
+    }
     with contextlib.ExitStack() as open_ones:
         ready: dict[str, Running] = {}
         quality: dict[str, dict[str, float]] = {}
@@ -118,7 +123,8 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
             "quality_steps": options.quality_steps,
             "targets_per_sequence": own["targets"] / users_with_rows,
             "command": f"python -m perf.peers speed --steps {options.steps} --repeats "
-            f"{options.repeats} --quality-steps {options.quality_steps} --seed {options.seed}",
+            f"{options.repeats} --quality-steps {options.quality_steps} --seed {options.seed}"
+            + (f" --only {shlex.join(options.only)}" if options.only else ""),
             "machine": f"{processor()}, {platform.platform()}, torch {torch.__version__}",
         }
     )
