@@ -92,23 +92,33 @@ class RankGate:
 
     def __init__(self):
         self.factor_MR: Tensor | None = None
+        self.gradient = _Sum()
         self.calls = 0
 
     @contextmanager
     def bound(self, factor_MR: Tensor | None) -> Iterator[None]:
         """Use these factors inside the block; what was bound before comes back after it."""
-        before, self.factor_MR = self.factor_MR, factor_MR
+        gradient = _Sum()
+        if factor_MR is not None and factor_MR.requires_grad and torch.is_grad_enabled():
+            factor_MR = _Factors.apply(factor_MR, gradient)
+        with self._holding(factor_MR, gradient):
+            yield
+
+    @contextmanager
+    def _holding(self, factor_MR: Tensor | None, gradient: "_Sum") -> Iterator[None]:
+        before = self.factor_MR, self.gradient
+        self.factor_MR, self.gradient = factor_MR, gradient
         try:
             yield
         finally:
-            self.factor_MR = before
+            self.factor_MR, self.gradient = before
 
     def recompute_context(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """For non-reentrant checkpointing: backward recomputes with the factors of *its* forward.
 
         Without it a second forward before the backward silently gives wrong gradients.
         """
-        return nullcontext(), self.bound(self.factor_MR)
+        return nullcontext(), self._holding(self.factor_MR, self.gradient)
 
     def applied(self, low_MR: Tensor) -> Tensor:
         """Rank-space activations (M, R) times the bound factors, token by token."""
@@ -122,9 +132,56 @@ class RankGate:
                 f"activations {tuple(low_MR.shape)}: expanded batches (beams) must repeat "
                 "their factors"
             )
-        if not torch.compiler.is_compiling():  # traced, not called
-            self.calls += 1
-        return low_MR * self.factor_MR.to(low_MR.dtype)
+        if torch.compiler.is_compiling():  # traced, not called; and a compiler sums by itself
+            return low_MR * self.factor_MR.to(low_MR.dtype)
+        self.calls += 1
+        return _Applied.apply(low_MR, self.factor_MR, self.gradient)
+
+
+class _Sum:
+    """The factors' gradient of one forward while a backward runs through its layers."""
+
+    value: Tensor | None = None
+
+
+class _Factors(torch.autograd.Function):
+    """The factors as every layer takes them; its backward comes after those of all layers."""
+
+    @staticmethod
+    def forward(ctx, factor_MR: Tensor, gradient: _Sum) -> Tensor:
+        ctx.gradient = gradient
+        return factor_MR.view_as(factor_MR)
+
+    @staticmethod
+    def backward(ctx, grad_MR: Tensor) -> tuple[Tensor, None]:
+        ctx.gradient.value = None  # a second backward through the same graph begins anew
+        return grad_MR, None
+
+
+class _Applied(torch.autograd.Function):
+    """low · factor, whose backward adds each layer's part of the factors' gradient where the first
+    has put it: one operation a layer where autograd would take a product and a sum.
+    """
+
+    @staticmethod
+    def forward(ctx, low_MR: Tensor, factor_MR: Tensor, gradient: _Sum) -> Tensor:
+        ctx.save_for_backward(low_MR, factor_MR)
+        ctx.gradient = gradient
+        # Cast here: a cast that autograd sees would hand the sum on before it is complete.
+        return low_MR * factor_MR.to(low_MR.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_MR: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        low_MR, factor_MR = ctx.saved_tensors
+        into, found = ctx.gradient, None
+        if ctx.needs_input_grad[1]:
+            if into.value is None:
+                into.value = found = (grad_MR * low_MR).to(factor_MR.dtype)
+            elif factor_MR.dtype == low_MR.dtype:
+                into.value.addcmul_(grad_MR, low_MR)
+            else:
+                into.value.add_(grad_MR * low_MR)
+        return grad_MR * factor_MR.to(grad_MR.dtype), found, None
 
 
 class GatedLinear(LoraVariant):

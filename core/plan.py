@@ -90,7 +90,9 @@ def _packed(
         return Plan([], [], 0)
     full = len(order) - len(order) % batch_size
     batches: list[np.ndarray] = []
-    for chunk in _cut(order[:full], batch_size * CHUNK_BATCHES):
+    # Chunks are alike where prompts come at random; in order of users they are not.
+    chunk_size = len(order) if random is None else batch_size * CHUNK_BATCHES
+    for chunk in _cut(order[:full], chunk_size):
         dealt = _deal(chunk[np.argsort(-lengths[chunk], kind="stable")], lengths, batch_size)
         batches += list(dealt if random is None else random.permutation(dealt))
     if full < len(order):

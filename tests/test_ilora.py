@@ -181,6 +181,30 @@ def test_factors_belong_to_tokens_and_leave_padding_out():
     assert torch.equal(found[1], torch.tensor([16.0, 16, 0, 0, 0, 0, 0, 0]).expand(6, 8))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
+def test_one_sum_of_the_layers_gradients_is_what_autograd_adds_up(monkeypatch, family, low):
+    """Also where the factors are held in another dtype than the activations, and a second time
+    through the same graph.
+    """
+    found = {}
+    for plain in (False, True):
+        model, gate = build(make_settings(family))
+        if plain:
+            monkeypatch.setattr(
+                gate, "applied", lambda x, gate=gate: x * gate.factor_MR.to(x.dtype)
+            )
+        x, logits = inputs(torch.float32)
+        with torch.autocast("cpu", dtype=low, enabled=low != torch.float32):
+            output = gated(model, gate, x, logits).float().square().sum()
+        once = torch.autograd.grad(output, [logits, x], retain_graph=True)
+        again = torch.autograd.grad(output, [logits, x])
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+        found[plain] = once
+    for one, other in zip(found[False], found[True], strict=True):
+        assert one.any() and close(one, other, 1e-5 if low == torch.float32 else 2e-2)
+
+
 # ---- checkpointing ----
 
 

@@ -24,8 +24,7 @@ class Split:
     """The rows every contender trains on and is asked for, out of a folder of `core.data.save`."""
 
     def __init__(self, folder: Path):
-        with np.load(folder / "sequences.npz") as arrays:
-            self.items, self.offsets = arrays["items"], arrays["offsets"]
+        self.items, self.offsets = (np.load(folder / f"{n}.npy") for n in ("items", "offsets"))
         facts = json.loads((folder / "prepared.json").read_text())
         self.num_items, self.digest = len(facts["titles"]) - 1, facts["digest"]
 
