@@ -144,6 +144,7 @@ def render(
             say=say,
             name=name,
             matrix=matrix,
+            base=cells[0].settings,
             contents=contents(say),
             headline=headline(judgement, doubtful, cuts(best), say),
             machine_warnings=machine.get("warnings") or [],

@@ -7,7 +7,6 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from bench import overhead, profiling, worker
 from bench.profile import ceilings, counting, profiled, snapshots, trace
 from bench.profile.arithmetic import Backbone, attention_share, rates, teacher_flops
 from core.observe import Observer, Step
+from core.settings import Settings
 from core.teacher import training_loss
 
 CPU = tiny.CPU
@@ -616,5 +616,5 @@ def test_the_clock_of_steps_begins_after_the_observed_one(monkeypatch: pytest.Mo
     times: list[float] = []
     monkeypatch.setattr(overhead.pipeline, "run_stage", stage)
     monkeypatch.setattr(overhead, "now", lambda device: times[-1])
-    settings = SimpleNamespace(machine=SimpleNamespace(device="cpu"))
+    settings = Settings(machine={"device": "cpu"})
     assert overhead.seconds_of_steps(settings, Path(), overhead.none, {}) == 2.5
