@@ -8,7 +8,6 @@ position. Source: Kang & McAuley, Self-Attentive Sequential Recommendation, ICDM
 training after Klenitskiy & Vasilev, RecSys 2023.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -51,12 +50,13 @@ def kept_bytes(shape: Sequence[int], dropped: int, device: torch.device) -> Tens
 class CausalAttention(torch.autograd.Function):
     """Causal attention of one head's queries, keys and values on a CPU, a few sequences at a time.
 
-    The scores of `CHUNK` sequences stay in cache from the product that makes them to the product
-    that uses them, and queries in the first half of a row skip the keys of the second.
+    The scores of as many sequences as `CHUNK_SCORES` allows stay in cache from the product that
+    makes them to the product that uses them; in long rows queries in the first half skip the keys
+    of the second.
     """
 
-    CHUNK = 4
-    PARTS = 2
+    CHUNK_SCORES = 4 * 200**2
+    LONG = 64
 
     @staticmethod
     def forward(ctx, qkv_BL3, dropped):
@@ -64,14 +64,15 @@ class CausalAttention(torch.autograd.Function):
         batch, length, width = qkv_BL3.shape
         query, key, value = qkv_BL3.split(width // 3, -1)
         scale, enlarge = (width // 3) ** -0.5, 256 / (256 - dropped)
+        chunk = _sequences_at_once(length)
         mixed = torch.empty_like(query)
         kept = []
-        for begin, end in _parts(length, CausalAttention.PARTS):
+        for begin, end in _halves(length):
             hidden = torch.full((end - begin, end), float("-inf"), dtype=query.dtype)
             hidden.triu_(1 + begin)
             probabilities = query.new_empty(batch, end - begin, end)
             keep = kept_bytes(probabilities.shape, dropped, query.device) if dropped else None
-            for rows in _slices(batch, CausalAttention.CHUNK):
+            for rows in _slices(batch, chunk):
                 keys, values = key[rows, :end], value[rows, :end]
                 scores = torch.baddbmm(
                     hidden, query[rows, begin:end], keys.transpose(1, 2), alpha=scale
@@ -92,11 +93,12 @@ class CausalAttention(torch.autograd.Function):
         batch, length, width = qkv_BL3.shape
         query, key, value = qkv_BL3.split(width // 3, -1)
         scale, enlarge = (width // 3) ** -0.5, 256 / (256 - ctx.dropped)
+        chunk = _sequences_at_once(length)
         grad = torch.zeros_like(qkv_BL3)
         grad_query, grad_key, grad_value = grad.split(width // 3, -1)
-        parts = _parts(length, CausalAttention.PARTS)
+        parts = _halves(length)
         for (begin, end), probabilities, keep in zip(parts, kept[::2], kept[1::2], strict=True):
-            for rows in _slices(batch, CausalAttention.CHUNK):
+            for rows in _slices(batch, chunk):
                 given, chosen = grad_BLD[rows, begin:end], probabilities[rows]
                 grad_chosen = given @ value[rows, :end].transpose(1, 2)
                 dropped_out = chosen
@@ -112,9 +114,15 @@ class CausalAttention(torch.autograd.Function):
         return grad, None
 
 
-def _parts(length: int, count: int) -> list[tuple[int, int]]:
-    bounds = [length * i // count for i in range(count + 1)]
-    return [(a, b) for a, b in itertools.pairwise(bounds) if b > a]
+def _sequences_at_once(length: int) -> int:
+    return max(1, CausalAttention.CHUNK_SCORES // length**2)
+
+
+def _halves(length: int) -> list[tuple[int, int]]:
+    """Bounds of the parts whose queries are taken together."""
+    if length < CausalAttention.LONG:
+        return [(0, length)]
+    return [(0, length // 2), (length // 2, length)]
 
 
 def _slices(rows: int, size: int) -> Iterator[slice]:
