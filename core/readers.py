@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet
 
 from core import synthetic
 from core.config import InputError
@@ -211,9 +210,11 @@ def _parquet_parts(path: Path, columns: dict[str, str]) -> Iterator[pd.DataFrame
     """The named columns of a Parquet file, so many rows at a time, checked like a whole table but
     for text ids: whether all are whole numbers is known at the end only.
     """
+    from pyarrow import parquet  # takes long, and only this format needs it
+
     first = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow.names, columns)
             for batch in file.iter_batches(PART_ROWS, columns=list(columns)):
                 table = batch.to_pandas(ignore_metadata=True)
