@@ -127,7 +127,7 @@ def run(tmp_path_factory) -> Callable[..., dict[str, Observer]]:
     ("mode", "trainer", "adapter"),
     [
         ("regional", "loop", "lora"),
-        ("regional", "lightning", "qlora"),
+        pytest.param("regional", "lightning", "qlora", marks=pytest.mark.slow),
         pytest.param("whole", "lightning", "lora", marks=pytest.mark.slow),
         pytest.param("whole", "loop", "qlora", marks=pytest.mark.slow),
     ],
@@ -144,7 +144,7 @@ def test_compiled_training_has_the_losses_of_eager_training(run, mode, trainer, 
     assert found["teacher_fit"].facts["compile"]["eager_calls"] == 0
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["regional", pytest.param("whole", marks=pytest.mark.slow)])
 def test_every_call_of_each_stage_is_one_of_a_compiled_graph(run, mode):
     """Whatever the lengths: a graph for training, one for inference, one without adapters."""
     found = run(mode)
@@ -182,7 +182,7 @@ def test_without_compiling_nothing_is_compiled(run):
         assert "compile" not in observer.phases
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["regional", pytest.param("whole", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", TEACHER)
 def test_the_observed_step_shows_what_it_shows_without_compiling(run, mode, stage):
     names = ["operators", "gemm_dtypes", "attention_ops", "saved_bytes", "gate_calls"]

@@ -69,7 +69,11 @@ def ranks_alive() -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "name"), [("auto", "DDPStrategy"), ("fsdp", "Sharded")], ids=["ddp", "fsdp"]
+    ("strategy", "name"),
+    [
+        pytest.param("auto", "DDPStrategy", id="ddp"),
+        pytest.param("fsdp", "Sharded", id="fsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_the_same_model_as_one(store: Store, strategy: str, name: str) -> None:
     one, two = Observer(), Observer()

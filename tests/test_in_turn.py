@@ -30,6 +30,7 @@ def ask(*words: str, out: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_blocks_of_two_checkouts_alternate_and_are_paired(tmp_path):
     status, text = ask("HEAD", "matrices/smoke.yaml", "--blocks", "2", out=tmp_path)
     assert status == 0, text

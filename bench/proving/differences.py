@@ -29,7 +29,8 @@ EXPECTED_FACTS: dict[str, frozenset[str]] = {
     | {"layers_float8", "frozen_bytes", "inputs_embeds.dtype", "attention_mask.dtype"},
     "train.compile": SHAPES | {"compile.mode"},
     "data.batching": SHAPES | {"attention_mask.dtype"},
-    "teacher.mode": SHAPES | {"attention_mask.dtype", "gate_use", "micro_batches"},
+    # Of `train.max_steps` batches, which are so many prompts, the samples are more.
+    "teacher.mode": SHAPES | {"attention_mask.dtype", "gate_use", "micro_batches", "rows"},
     # Packing is what 4-bit means; a change of the dtypes that stay unpacked is not.
     "teacher.adapter": frozenset({"layers_4bit", "adapted_4bit", "frozen_bytes"}),
     "teacher.bnb_4bit_use_double_quant": frozenset({"quant.double", "frozen_bytes"}),

@@ -31,6 +31,7 @@ from core import data, item_scores, llm, metrics, outputs, prompts, ranking, sta
 from core import teacher as teaching
 from core.observe import Observer
 from core.overlap import Overlapped
+from core.plan import GatedPrompts
 from core.ranking import Queries
 from core.sasrec import SASRec
 from core.settings import (
@@ -40,6 +41,7 @@ from core.settings import (
     StudentSettings,
     TeacherSettings,
 )
+from core.states import encoder_states
 
 REPEATS = 3
 PAGE = Path("reports/scaling.md")
@@ -262,14 +264,13 @@ def tiny_teacher(samples: int, history: int) -> Prompts:
     pieces = prompts.tokenise(llm.load_tokenizer("tiny", texts), prepared.titles, 16)
     starts = prepared.offsets[:-1]
     queries = Queries(prepared.items, starts, starts + history, np.arange(samples))
-    return Prompts(
-        settings, model, pieces, queries, teaching.encoder_states(model.encoder, queries)
-    )
+    return Prompts(settings, model, pieces, queries, encoder_states(model.encoder, queries))
 
 
 def teacher_step(history: int, folder: Path) -> Work:
     given = tiny_teacher(16, history)
-    batch = teaching.GatedPrompts(given.states, given.pieces, given.queries, history, 16)[0]
+    asked = prompts.prompts_of(given.queries, history, "instance")
+    batch = GatedPrompts(given.states, given.pieces, asked, 16)[0]
     observer = Observer()
     given.model.train()
 

@@ -30,9 +30,9 @@ steps, or no rate is reported."""
 
 def main() -> None:
     options = arguments()
-    options.home.mkdir(parents=True, exist_ok=True)
     split = options.home / "split"
-    if not split.is_dir():
+    if options.do != "page" and not split.is_dir():
+        options.home.mkdir(parents=True, exist_ok=True)
         data.save(data.prepare(DataSettings(source="ml-1m", root=str(options.data))), split)
     if options.do == "speed":
         speed(options, split)
