@@ -248,7 +248,7 @@ from tests import tiny
 torch.distributed.init_process_group("gloo", init_method=sys.argv[1], rank=0, world_size=1)
 model = tiny.teacher(tiny.settings(adapter="qlora"))
 sharding.shard(model, torch.device("cpu"), 1)
-with model.gate.bound(torch.ones(3, model.rank)):
+with model.gate.bound(torch.ones(3, model.adapters.lora_r)):
     model.last_hidden(torch.randn(1, 3, model.width))
 """
 
