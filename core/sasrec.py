@@ -1,20 +1,20 @@
 """SASRec: the student, and the frozen encoder that drives the teacher's gate.
 
-Shapes: B users, L positions, D width, V items (ids 1..V, row 0 = padding), N supervised positions.
+Shapes: B users, L positions, D width, V items (ids 1..V, row 0 = padding).
 
 One convention everywhere: rows are left-aligned (padding 0 on the right), so the state of a prefix
 is the state at that position of the full sequence, and the user state is read at the last real
-position. Source: Kang & McAuley, Self-Attentive Sequential Recommendation, ICDM 2018; full-softmax
-training after Klenitskiy & Vasilev, RecSys 2023.
+position. Source: Kang & McAuley, Self-Attentive Sequential Recommendation, ICDM 2018.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.losses import slices
 from core.settings import StudentSettings
 
 
@@ -72,12 +72,12 @@ class CausalAttention(torch.autograd.Function):
             hidden.triu_(1 + begin)
             probabilities = query.new_empty(batch, end - begin, end)
             keep = kept_bytes(probabilities.shape, dropped, query.device) if dropped else None
-            for rows in _slices(batch, chunk):
+            for rows in slices(batch, chunk):
                 keys, values = key[rows, :end], value[rows, :end]
                 scores = torch.baddbmm(
                     hidden, query[rows, begin:end], keys.transpose(1, 2), alpha=scale
                 )
-                chosen = probabilities[rows].copy_(scores.softmax(-1))
+                chosen = torch.softmax(scores, -1, out=probabilities[rows])
                 if dropped:
                     chosen = torch.mul(chosen, keep[rows], out=scores).mul_(enlarge)
                 mixed[rows, begin:end] = chosen @ values
@@ -94,23 +94,25 @@ class CausalAttention(torch.autograd.Function):
         query, key, value = qkv_BL3.split(width // 3, -1)
         scale, enlarge = (width // 3) ** -0.5, 256 / (256 - ctx.dropped)
         chunk = _sequences_at_once(length)
-        grad = torch.zeros_like(qkv_BL3)
+        grad = torch.empty_like(qkv_BL3)
         grad_query, grad_key, grad_value = grad.split(width // 3, -1)
-        parts = _halves(length)
-        for (begin, end), probabilities, keep in zip(parts, kept[::2], kept[1::2], strict=True):
-            for rows in _slices(batch, chunk):
+        parts = list(zip(_halves(length), kept[::2], kept[1::2], strict=True))
+        # The last part has all keys: it sets their gradients, the part before adds to them.
+        for (begin, end), probabilities, keep in reversed(parts):
+            into = torch.Tensor.copy_ if end == length else torch.Tensor.add_
+            for rows in slices(batch, chunk):
                 given, chosen = grad_BLD[rows, begin:end], probabilities[rows]
                 grad_chosen = given @ value[rows, :end].transpose(1, 2)
                 dropped_out = chosen
                 if ctx.dropped:
                     dropped_out = torch.mul(chosen, keep[rows]).mul_(enlarge)
                     grad_chosen.mul_(keep[rows]).mul_(enlarge)
-                grad_value[rows, :end] += dropped_out.transpose(1, 2) @ given
+                into(grad_value[rows, :end], dropped_out.transpose(1, 2) @ given)
                 grad_scores = torch._softmax_backward_data(
                     grad_chosen, chosen, -1, chosen.dtype
                 ).mul_(scale)
                 grad_query[rows, begin:end] = grad_scores @ key[rows, :end]
-                grad_key[rows, :end] += grad_scores.transpose(1, 2) @ query[rows, begin:end]
+                into(grad_key[rows, :end], grad_scores.transpose(1, 2) @ query[rows, begin:end])
         return grad, None
 
 
@@ -123,11 +125,6 @@ def _halves(length: int) -> list[tuple[int, int]]:
     if length < CausalAttention.LONG:
         return [(0, length)]
     return [(0, length // 2), (length // 2, length)]
-
-
-def _slices(rows: int, size: int) -> Iterator[slice]:
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
 
 
 class Block(nn.Module):
@@ -254,140 +251,3 @@ class SASRec(nn.Module):
         for block in self.blocks[:-1]:
             x_BLD = block(x_BLD)
         return self.norm(self.blocks[-1].last(x_BLD, lengths_B - 1))
-
-
-class _SoftmaxLoss(torch.autograd.Function):
-    """Mean cross-entropy over all items, both gradients made in the forward pass, chunk by chunk.
-
-    The (N, V) logits never exist as a whole: each chunk of rows is multiplied, normalised, turned
-    into its gradient and used up while it is in cache. Products run in the states' dtype,
-    everything else in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, states_ND, table_VD, targets_N, chunk):
-        dtype, rows, items = states_ND.dtype, len(states_ND), len(table_VD)
-        # Rows of whole cache lines: otherwise every product and pass runs on split ones.
-        table = F.pad(table_VD.to(dtype), (0, 0, 0, -items % ALIGNED))
-        # Both layouts of the table, and the table's gradient as (D, V): the factors' layouts decide
-        # whether a CPU's products run at its full rate or at less than half of it.
-        by_width = table.t().contiguous()
-        grad_table = torch.zeros_like(by_width, dtype=torch.float32)
-        grad_states = torch.empty_like(states_ND)
-        losses = states_ND.new_empty(rows, dtype=torch.float32)
-        products = states_ND.new_empty(min(chunk, rows), len(table))
-        small = _exp_is_safe(states_ND, table_VD)
-        with torch.autocast(states_ND.device.type, enabled=False):
-            for part in _slices(rows, chunk):
-                states, targets = states_ND[part], targets_N[part, None]
-                logits = torch.mm(states, by_width, out=products[: len(states)]).float()
-                logits[:, 0] = float("-inf")  # the padding column is no candidate
-                logits[:, items:] = float("-inf")
-                losses[part] = -logits.gather(1, targets)[:, 0]
-                if not small:
-                    largest = logits.amax(1, keepdim=True)
-                    losses[part] += largest[:, 0]
-                    logits.sub_(largest)
-                # exp runs once over (chunk, V); its row sums divide the small factors, not the big
-                # matrix.
-                weights = logits.exp_()
-                total = weights.sum(1, keepdim=True)
-                losses[part] += total.log()[:, 0]
-                weights.scatter_add_(1, targets, -total)  # total · (probability − one-hot)
-                weights = weights.to(dtype)
-                grad_states[part] = (weights @ table).div_(total)
-                scaled = (states / total).to(dtype).t()
-                if dtype == torch.float32:
-                    grad_table.addmm_(scaled, weights)
-                else:
-                    grad_table += scaled @ weights
-        ctx.save_for_backward(grad_states.div_(rows), grad_table[:, :items].t().div_(rows))
-        return losses.mean()
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_states, grad_table = ctx.saved_tensors
-        return grad_states * grad_loss.to(grad_states.dtype), grad_table * grad_loss, None, None
-
-
-def _exp_is_safe(states_ND: Tensor, table_VD: Tensor) -> bool:
-    """Whether no score is so large that its exp needs the row's largest score taken off first.
-
-    |s · t| ≤ ‖s‖ ‖t‖ (Cauchy-Schwarz). On a CPU only: elsewhere the answer would halt the device.
-    """
-    if states_ND.device.type != "cpu":
-        return False
-    bound = states_ND.float().norm(dim=1).max() * table_VD.float().norm(dim=1).max()
-    return bool(bound < SAFE_EXPONENT)
-
-
-SAFE_EXPONENT = 40.0
-"""exp(±40) and sums of it stay far inside fp32 (1e-38 to 3e38), at full relative precision."""
-ALIGNED = 16
-"""Elements: 64 bytes of fp32."""
-CHUNK_BYTES = {"cpu": 5 * 2**18, "cuda": 2**28}
-"""Logits at work at once. CPU: what stays in a core's second-level cache beside the table; 64 to
-128 rows of 3,416 items were the quickest, 512 rows took 1.8 times as long."""
-SMALLEST_CHUNK = 32
-
-
-def softmax_loss(
-    states_ND: Tensor, table_VD: Tensor, targets_N: Tensor, chunk: int | None = None
-) -> Tensor:
-    """Mean full-softmax cross-entropy of N positions over items 1..V (scalar, fp32).
-
-    Equals `F.cross_entropy(states @ table.T with column 0 = -inf, targets)`; needs (chunk, V)
-    memory. `chunk` rows are at work at once; by default as many as `CHUNK_BYTES` hold.
-    """
-    if chunk is None:
-        budget = CHUNK_BYTES.get(states_ND.device.type, CHUNK_BYTES["cuda"])
-        chunk = max(SMALLEST_CHUNK, budget // (4 * len(table_VD)) // ALIGNED * ALIGNED)
-    return _SoftmaxLoss.apply(states_ND, table_VD, targets_N, chunk)
-
-
-def sampled_loss(
-    states_ND: Tensor, table_VD: Tensor, targets_N: Tensor, negatives_M: Tensor, beta: float
-) -> Tensor:
-    """BCE (`beta` = 1) or gBCE with negatives shared by the batch (scalar, mean over positions).
-
-    gBCE (Petrov & Macdonald, RecSys 2023): −[β log σ(s⁺) + Σ_j log(1 − σ(s_j))]. A negative that
-    equals a row's target is left out for that row.
-    """
-    positive_N = (states_ND * table_VD[targets_N]).sum(-1).float()
-    negative_NM = (states_ND @ table_VD[negatives_M].t()).float()
-    real = negatives_M[None, :] != targets_N[:, None]
-    loss_N = -beta * F.logsigmoid(positive_N) - (F.logsigmoid(-negative_NM) * real).sum(1)
-    return loss_N.mean()
-
-
-def sampled_softmax_loss(
-    states_ND: Tensor,
-    table_VD: Tensor,
-    targets_N: Tensor,
-    negatives_M: Tensor,
-    log_expected_count_M: Tensor,
-) -> Tensor:
-    """Softmax over each row's target and negatives shared by the batch (scalar, fp32, mean).
-
-    logQ correction (Bengio & Senécal, IEEE Trans. Neural Networks 19(4), 2008; Jean et al., ACL
-    2015): each negative's score is lowered by the log of how often the proposal is expected to draw
-    it, so that the sum over negatives estimates the full softmax's without bias,
-
-        loss = −s⁺ + log(e^{s⁺} + Σ_{j ≠ target} e^{s_j − log E[count_j]}).
-
-    The target is always there, so its own count is 1 and its score stays. A negative that equals a
-    row's target (an accidental hit) is left out for that row.
-    """
-    positive_N = (states_ND * table_VD[targets_N]).sum(-1).float()
-    negative_NM = (states_ND @ table_VD[negatives_M].t()).float() - log_expected_count_M
-    hits = negatives_M[None, :] == targets_N[:, None]
-    others_N = negative_NM.masked_fill(hits, float("-inf")).logsumexp(1)
-    return (torch.logaddexp(positive_N, others_N) - positive_N).mean()
-
-
-def gbce_beta(t: float, negatives: int, items: int) -> float:
-    """β = α (t (1 − 1/α) + 1/α), α = negatives / (items − 1): t = 0 gives plain BCE, t = 1 full
-    calibration.
-    """
-    alpha = min(negatives / max(items - 1, 1), 1.0)
-    return alpha * (t * (1 - 1 / alpha) + 1 / alpha)

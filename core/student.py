@@ -17,9 +17,10 @@ from core import distill, item_scores
 from core.config import InputError
 from core.data import Prepared, train_samples
 from core.loop import autocast
+from core.losses import gbce_beta, sampled_loss, sampled_softmax_loss, softmax_loss
 from core.outputs import Outputs
 from core.ranking import Queries, Scorer
-from core.sasrec import SASRec, gbce_beta, sampled_loss, sampled_softmax_loss, softmax_loss
+from core.sasrec import SASRec
 from core.settings import DistillSettings, StudentSettings
 
 CHUNK_BATCHES = 12
