@@ -62,6 +62,17 @@ def test_the_desk_counts_steps_and_time_and_ranks_between_commands(tmp_path):
     assert running.process.returncode == 0
 
 
+def test_a_loop_that_ends_before_it_was_stopped_still_ranks(tmp_path):
+    ends = HONEST.replace("while going_on:", "for step in range(2):") + "\n    desk.over()\n"
+    running = start(tmp_path, ends)
+    assert running.train(2)["steps"] == 2
+    assert running.train(3)["steps"] == 0
+    assert running.top(1, tmp_path / "top.npy")[0]["users"] == 3
+    assert running.train(3)["steps"] == 0
+    running.stop()
+    assert running.process.returncode == 0
+
+
 def test_a_contender_that_ends_is_told_by_its_last_words(tmp_path):
     with pytest.raises(Unable, match=r"does not run: ImportError: no such thing"):
         start(tmp_path, "raise ImportError('no such thing')")
@@ -174,6 +185,7 @@ def test_time_to_quality_is_the_first_point_that_reaches_it():
 
 def measured(quality: float = 0.1) -> dict:
     row = {"ranked": [50.0, 60.0], "peak_rss_mib": 100.0, "loss": "full softmax", "note": "n"}
+    row["precision"] = "fp32"
     row |= {"version": "1", "quality": {"recall": 0.2, "ndcg": quality}}
     points = [
         {
@@ -187,7 +199,7 @@ def measured(quality: float = 0.1) -> dict:
     rows = {"own": row | {"train": [40.0, 44.0]}, "peer": row | {"train": [10.0, 11.0]}}
     return {
         "speed": {
-            "own": "own",
+            "own": {"fp32": "own"},
             "contenders": rows,
             "left_out": {"gone": "does not install"},
             "steps": 3,
@@ -196,7 +208,7 @@ def measured(quality: float = 0.1) -> dict:
             "command": "c",
             "machine": "m",
         },
-        "curves": {"own": {"points": points, "note": "1"}},
+        "curves": {"own": {"points": points, "note": "1", "machine": "m, x"}},
     }
 
 

@@ -17,7 +17,16 @@ import torch
 from core import data
 from core.settings import DataSettings
 from perf.peers import compare, page
-from perf.peers.contenders import CONTENDERS, LEFT_OUT, OWN, ROOT, Running, Unable, running
+from perf.peers.contenders import (
+    CONTENDERS,
+    LEFT_OUT,
+    OWN,
+    OWN_BF16,
+    ROOT,
+    Running,
+    Unable,
+    running,
+)
 from perf.peers.desk import Split
 
 GOAL = 0.175
@@ -99,8 +108,9 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
             ready[name], quality[name] = found, compare.quality(best, split.targets(2))
             say(f"{name}: {quality[name]}")
         full = [quality[n]["ndcg"] for n in ready if chosen[n].loss == OWN.loss]
-        if options.quality_steps and quality[OWN.name]["ndcg"] < LEAST_QUALITY * max(full):
-            raise SystemExit(f"{OWN.name} learns worse after equal steps: {quality}; no rates")
+        for own in {OWN.name, OWN_BF16.name} & set(ready):
+            if options.quality_steps and quality[own]["ndcg"] < LEAST_QUALITY * max(full):
+                raise SystemExit(f"{own} learns worse after equal steps: {quality}; no rates")
         found = compare.repeats(ready, split, options.steps, options.repeats, scratch)
         own = ready[OWN.name].about
         rows = {
@@ -109,6 +119,7 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
                 "quality": quality[name],
                 "loss": chosen[name].loss,
                 "note": chosen[name].note,
+                "precision": chosen[name].precision,
                 "version": ready[name].about["version"],
             }
             for name, figures in found.items()
@@ -116,7 +127,7 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
     users_with_rows = sum(len(row) >= 2 for row in split.histories(2))
     keep(
         speed={
-            "own": OWN.name,
+            "own": {one.precision: one.name for one in (OWN, OWN_BF16) if one.name in ready},
             "contenders": rows,
             "left_out": left_out,
             "steps": options.steps,
@@ -125,7 +136,7 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
             "command": f"python -m perf.peers speed --steps {options.steps} --repeats "
             f"{options.repeats} --quality-steps {options.quality_steps} --seed {options.seed}"
             + (f" --only {shlex.join(options.only)}" if options.only else ""),
-            "machine": f"{processor()}, {platform.platform()}, torch {torch.__version__}",
+            "machine": machine(),
         }
     )
 
@@ -140,6 +151,8 @@ def curve(options: argparse.Namespace, folder: Path) -> None:
     with running(contender, options.home, folder, options.seed) as found:
         while seconds < options.most_cpu:
             trained = found.train(options.every * found.about["steps_per_epoch"])
+            if not trained["steps"]:  # its schedule has ended
+                break
             seconds, steps = seconds + trained["cpu_s"], steps + trained["steps"]
             point: dict[str, Any] = {"cpu_s": seconds, "steps": steps}
             for split_name, held_out in (("validation", 2), ("test", 1)):
@@ -148,7 +161,8 @@ def curve(options: argparse.Namespace, folder: Path) -> None:
             points.append(point)
             say(f"{name}: {point}")
             kept = load().get("curves", {})
-            kept[name] = {"points": points, "note": found.about["version"]}
+            note = f"{found.about['version']}; {contender.note}".removesuffix("; ")
+            kept[name] = {"points": points, "note": note, "machine": machine()}
             keep(curves=kept)
             if point["test"]["ndcg"] >= options.until:
                 break
@@ -166,12 +180,12 @@ def keep(**measured: Any) -> None:
     partial.rename(STORE)
 
 
-def processor() -> str:
-    """The CPU's name and the instruction sets that decide these figures."""
+def machine() -> str:
+    """The CPU's name and the instruction sets that decide these figures, system and torch."""
     text = Path("/proc/cpuinfo").read_text()
     name = text.partition("model name\t: ")[2].partition("\n")[0]
     wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in text]
-    return f"{name} ({', '.join(wide)})"
+    return f"{name} ({', '.join(wide)}), {platform.platform()}, torch {torch.__version__}"
 
 
 def say(text: str) -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,14 +42,19 @@ class Contender:
     """What its interpreter needs; none = this project's interpreter."""
     environment: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    precision: str = "fp32"
+    """A peer is set beside this project's student of the same precision."""
 
 
 SETTINGS = str(ROOT / "matrices/settings/ml-1m-student.yaml")
 REPLAY = ("replay-rec[torch]==0.22.0", "pyarrow")
 RECTOOLS = ("rectools[torch]==0.19.0",)
+BF16 = "bf16-mixed"
 OWN = Contender("this student", "own_peer.py", SETTINGS, environment=KEPT_MEMORY)
+OWN_BF16 = replace(OWN, name=f"{OWN.name}, {BF16}", precision=BF16)
 CONTENDERS = (
     OWN,
+    OWN_BF16,
     Contender(
         "this student, default allocator", "own_peer.py", SETTINGS, note="beside stock peers"
     ),
@@ -61,6 +66,15 @@ CONTENDERS = (
         packages=REPLAY,
         environment=KEPT_MEMORY,
         note="length buckets, trimmed batches, allocator",
+    ),
+    Contender(
+        f"RePlay SasRec, tuned, {BF16}",
+        "replay_peer.py",
+        "bucket",
+        packages=REPLAY,
+        environment=KEPT_MEMORY,
+        note="the same",
+        precision=BF16,
     ),
     Contender("RecTools SASRecModel, stock", "rectools_peer.py", "stock", packages=RECTOOLS),
     Contender(
@@ -176,6 +190,7 @@ def running(contender: Contender, home: Path, split: Path, seed: int) -> Iterato
     log = home / (contender.name.replace(" ", "_").replace(",", "") + ".log")
     with log.open("w") as file:
         command = [python, HERE / contender.script, split, str(seed), contender.variant]
+        command += [contender.precision]
         found = Running(command, environment, file)
         try:
             yield found

@@ -19,8 +19,8 @@ from core.observe import Observer, Step
 from core.sasrec import SASRec
 
 
-def main(folder: Path, seed: int, settings_file: str) -> None:
-    settings = load_settings(Path(settings_file))
+def main(folder: Path, seed: int, settings_file: str, precision: str) -> None:
+    settings = load_settings(Path(settings_file), [f"student.precision={precision}"])
     prepared, options = data.load(folder), settings.student
     torch.manual_seed(seed)
     model = SASRec(prepared.num_items, options)
@@ -72,6 +72,7 @@ def main(folder: Path, seed: int, settings_file: str) -> None:
     with contextlib.suppress(Stopped):
         if desk.begin():
             fit_loop(fit, Observer(on_step=on_step))
+            desk.over()
 
 
 class Stopped(Exception):
@@ -80,4 +81,4 @@ class Stopped(Exception):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

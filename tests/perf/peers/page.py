@@ -15,7 +15,8 @@ HEAD = """\
 Written by `make peers`; do not edit. MovieLens-1M, leave-one-out by a stable sort (ties in time
 keep the order of the file), newest 200 items, full ranking, seen items removed. All train on the
 same rows, two blocks of width 64, one head, dropout 0.1, batches of 128 rows (this student: of as
-many tokens as 128 rows have on average), Adam at 1e-3 or what the curve's line says. One thread
+many tokens as 128 rows have on average), Adam at 1e-3 or what the curve's line says. The
+student is set beside each peer in the peer's precision. One thread
 each; the clock is the process's CPU time, measured inside it around training steps and around
 ranking all users down to a top 10 list. Blocks run in turn, in alternating order; the first of each
 is not counted. *Stock* runs as documented; *tuned* with the options its project ships for speed and
@@ -36,12 +37,12 @@ def render(measured: dict[str, Any], goal: float) -> str:
 
 
 def _speed(speed: dict[str, Any]) -> str:
-    own = speed["contenders"][speed["own"]]
     rows = []
     for name, found in speed["contenders"].items():
+        own = speed["contenders"][speed["own"][found["precision"]]]
         figures = [_spread(found["train"], speed["targets_per_sequence"]), _spread(found["ranked"])]
         ratios = ["", ""]
-        if name != speed["own"]:
+        if found is not own:
             ratios = [_times(ratio(own[key], found[key])) for key in ("train", "ranked")]
         quality = found["quality"]
         rows.append(
@@ -96,7 +97,7 @@ def _curves(curves: dict[str, Any], goal: float) -> str:
                 f"{best['cpu_s']:.0f} s",
                 f"{best['validation']['recall']:.4f} / {best['validation']['ndcg']:.4f}",
                 f"{best['test']['recall']:.4f} / {best['test']['ndcg']:.4f}",
-                plain(curve["note"]),
+                plain(f"{curve['note']}; {curve['machine'].partition(',')[0]}"),
             ]
         )
     head = ["", f"CPU time to test ndcg@10 {goal}", "steps run", "best validation at"]

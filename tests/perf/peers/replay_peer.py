@@ -46,7 +46,7 @@ class AtTheDesk(lightning.Callback):
             trainer.should_stop = True
 
 
-def main(folder: Path, seed: int, variant: str) -> None:
+def main(folder: Path, seed: int, variant: str, precision: str) -> None:
     bucket = variant == "bucket"
     warnings.filterwarnings("ignore")
     lightning.seed_everything(seed, verbose=False)
@@ -88,6 +88,7 @@ def main(folder: Path, seed: int, variant: str) -> None:
     module = LightningModule(model, OptimizerFactory(learning_rate=1e-3))
     options = {
         "accelerator": "cpu",
+        "precision": {"fp32": "32-true"}.get(precision, precision),
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -148,4 +149,4 @@ def write(path: Path, rows: list, length: int, seen: list | None = None) -> None
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
