@@ -10,14 +10,14 @@ iLoRA, NeurIPS 2024): B · diag(s · repeat(g, R/K)) · A. It holds for dense an
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
-from torch import Tensor, nn
+from torch import Tensor, _dynamo, nn
 
 from core.config import InputError
 from core.settings import TeacherSettings
@@ -93,32 +93,72 @@ class RankGate:
     def __init__(self):
         self.factor_MR: Tensor | None = None
         self.gradient = _Sum()
-        self.calls = 0
+        self.rows_S: Tensor | None = None
+        """Whose tokens the factors are, flat indices; None: of all."""
+        self.behind: RankGate | None = None
+        """The gate of layers that get the read-out tokens only (`core.last_layer`)."""
+        self._calls = 0
 
     @contextmanager
-    def bound(self, factor_MR: Tensor | None) -> Iterator[None]:
-        """Use these factors inside the block; what was bound before comes back after it."""
-        gradient = _Sum()
-        if factor_MR is not None and factor_MR.requires_grad and torch.is_grad_enabled():
-            factor_MR = _Factors.apply(factor_MR, gradient)
-        with self._holding(factor_MR, gradient):
+    def bound(
+        self,
+        factor_MR: Tensor | None,
+        rows_S: Tensor | None = None,
+        factor_SR: Tensor | None = None,
+    ) -> Iterator[None]:
+        """Use these factors inside the block, and behind it those of the tokens read out, `rows_S`;
+        what was bound before comes back after it.
+        """
+        own = last = _State(*_differentiable(factor_MR))
+        if rows_S is not None:
+            last = _State(*_differentiable(factor_SR), rows_S)
+            # Batches of one shape, too, are read out in more places or fewer.
+            for varying in (rows_S, last.factor_MR):
+                if varying is not None:
+                    _dynamo.maybe_mark_dynamic(varying, 0)
+        with self._holding([own, last]):
             yield
-
-    @contextmanager
-    def _holding(self, factor_MR: Tensor | None, gradient: "_Sum") -> Iterator[None]:
-        before = self.factor_MR, self.gradient
-        self.factor_MR, self.gradient = factor_MR, gradient
-        try:
-            yield
-        finally:
-            self.factor_MR, self.gradient = before
 
     def recompute_context(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """For non-reentrant checkpointing: backward recomputes with the factors of *its* forward.
 
         Without it a second forward before the backward silently gives wrong gradients.
         """
-        return nullcontext(), self._holding(self.factor_MR, self.gradient)
+        return nullcontext(), self._holding([gate._state for gate in self._gates])
+
+    @property
+    def calls(self) -> int:
+        """Layers that have asked for factors since the count began, those behind included."""
+        return sum(gate._calls for gate in self._gates)
+
+    def count_anew(self) -> None:
+        """Begin the count of calls."""
+        for gate in self._gates:
+            gate._calls = 0
+
+    @property
+    def _gates(self) -> list["RankGate"]:
+        return [self] if self.behind is None else [self, self.behind]
+
+    @property
+    def _state(self) -> "_State":
+        return _State(self.factor_MR, self.gradient, self.rows_S)
+
+    @_state.setter
+    def _state(self, state: "_State") -> None:
+        self.factor_MR, self.gradient, self.rows_S = state
+
+    @contextmanager
+    def _holding(self, states: Sequence["_State"]) -> Iterator[None]:
+        gates = self._gates
+        before = [gate._state for gate in gates]
+        for gate, state in zip(gates, states, strict=False):
+            gate._state = state
+        try:
+            yield
+        finally:
+            for gate, state in zip(gates, before, strict=True):
+                gate._state = state
 
     def applied(self, low_MR: Tensor) -> Tensor:
         """Rank-space activations (M, R) times the bound factors, token by token."""
@@ -134,7 +174,7 @@ class RankGate:
             )
         if torch.compiler.is_compiling():  # traced, not called; and a compiler sums by itself
             return low_MR * self.factor_MR.to(low_MR.dtype)
-        self.calls += 1
+        self._calls += 1
         return _Applied.apply(low_MR, self.factor_MR, self.gradient)
 
 
@@ -142,6 +182,20 @@ class _Sum:
     """The factors' gradient of one forward while a backward runs through its layers."""
 
     value: Tensor | None = None
+
+
+class _State(NamedTuple):
+    factor_MR: Tensor | None
+    gradient: _Sum
+    rows_S: Tensor | None = None
+
+
+def _differentiable(factor_MR: Tensor | None) -> tuple[Tensor | None, _Sum]:
+    """The factors as layers take them, and where the layers' gradients are summed."""
+    gradient = _Sum()
+    if factor_MR is not None and factor_MR.requires_grad and torch.is_grad_enabled():
+        factor_MR = _Factors.apply(factor_MR, gradient)
+    return factor_MR, gradient
 
 
 class _Factors(torch.autograd.Function):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core import ilora, item_scores, llm
+from core import ilora, item_scores, last_layer, llm
 from core.compiling import Execution
 from core.config import InputError
 from core.loop import autocast, delivered, loader
@@ -46,6 +46,7 @@ class Teacher(nn.Module):
         self.gate = ilora.RankGate()
         self.checkpointing_by = ilora.recompute_layers(backbone, teacher, self.gate)
         self.backbone = ilora.add_adapters(backbone, teacher, self.gate)
+        self.reads_out_only = last_layer.read_out_only(self.backbone, self.gate)
         self.adapted = ilora.adapted_layers(self.backbone)
         # A list keeps the frozen encoder out of parameters(), state_dict() and train().
         self._encoder = [encoder.to(device).eval().requires_grad_(False)]
@@ -92,7 +93,8 @@ class Teacher(nn.Module):
                 f"teacher.max_history: a prompt of {longest} tokens; this backbone takes "
                 f"at most {most}: lower teacher.max_history or teacher.max_title_tokens"
             )
-        self.gate.calls = self.execution.first_layer_calls = 0
+        self.execution.first_layer_calls = 0
+        self.gate.count_anew()
         embed = self.backbone.get_input_embeddings()
         embeds_RLH = embed(batch["ids"]).detach()
         vectors = self.encoder.item_table.weight[batch["slot_items"]]
@@ -106,18 +108,22 @@ class Teacher(nn.Module):
             .view_as(embeds_RLH)
         )
         gate_GK = ilora.gate_weights(self.router, batch["states"])
-        factors_MR = ilora.token_factors(gate_GK, batch["gate_rows"], self.adapters)
+        gate_rows_M, rows_S = batch["gate_rows"], batch["readout"]
+        gate_rows = torch.cat([gate_rows_M, gate_rows_M[rows_S]])
+        factors = ilora.token_factors(gate_GK, gate_rows, self.adapters).to(embeds_RLH.dtype)
+        factors_MR, factors_SR = factors.split([len(gate_rows_M), len(rows_S)])
         ilora.round_adapters(self.adapted, self._rounded_to(embeds_RLH))
         watch = (observer or Observer()).backbone()
-        with watch, self.gate.bound(factors_MR.to(embeds_RLH.dtype)):
-            hidden_RLH = self.last_hidden(embeds_RLH, batch["layout"])
+        behind = (rows_S, factors_SR) if self.reads_out_only else ()
+        with watch, self.gate.bound(factors_MR, *behind):
+            hidden = self.last_hidden(embeds_RLH, batch["layout"])
         counts = {"prompts": batch["prompts"], "tokens": batch["own_tokens"]}
         self._bound = factors_MR.detach(), counts | {"answers": len(batch["readout"])}
         self._after_forward = {
             "gate_calls": self.gate.calls,
             "first_layer_calls": self.execution.first_layer_calls,
         }
-        return hidden_RLH.flatten(0, 1)[batch["readout"]]
+        return hidden if self.reads_out_only else last_layer.of(hidden, rows_S)
 
     def _rounded_to(self, embeds_RLH: Tensor) -> torch.dtype | None:
         """The dtype autocast would give fp32 adapters; compiled code rounds them itself."""
@@ -127,7 +133,8 @@ class Teacher(nn.Module):
         return torch.get_autocast_dtype(kind)
 
     def last_hidden(self, embeds_RLH: Tensor, layout: Tensor | None = None) -> Tensor:
-        """Last hidden states of the backbone, (R, L, H); without a layout each row is one prompt.
+        """Last hidden states of the backbone, (R, L, H); (S, H) where the gate is bound with tokens
+        to read out. Without a layout each row is one prompt.
 
         A cache it writes lives until the next forward has ended, as it does with whoever binds the
         outputs to a name.

@@ -146,7 +146,9 @@ def test_compiled_training_has_the_losses_of_eager_training(run, mode, trainer, 
 
 @pytest.mark.parametrize("mode", ["regional", pytest.param("whole", marks=pytest.mark.slow)])
 def test_every_call_of_each_stage_is_one_of_a_compiled_graph(run, mode):
-    """Whatever the lengths: a graph for training, one for inference, one without adapters."""
+    """Whatever the lengths: code for training, for inference, without adapters; the last layer,
+    which gives read-out tokens only, has its own.
+    """
     found = run(mode)
     steps = found["teacher_fit"].counts["micro_batches"] - 1  # the observed one
     outputs = found["teacher_outputs"].counts["micro_batches"] - 1
@@ -155,19 +157,19 @@ def test_every_call_of_each_stage_is_one_of_a_compiled_graph(run, mode):
         "teacher_test": (1, 0, INFERENCES - 1),
         "teacher_outputs": (2, 1, outputs + 1),
     }
-    parts = LAYERS if mode == "regional" else 1
+    parts, codes = (LAYERS, 2) if mode == "regional" else (1, 1)
     for stage, (graphs, recompiles, calls) in wanted.items():
         fact = found[stage].facts["compile"]
         assert fact == {
             "mode": mode,
-            "graphs": graphs,
+            "graphs": graphs * codes,
             "breaks": 0,
             "break_reasons": [],
-            "recompiles": recompiles,
+            "recompiles": recompiles * codes,
             "limit_reached": False,
             "seconds": found[stage].phases["compile"],
             "cache": None,
-            "compiled_frames": graphs,
+            "compiled_frames": graphs * codes,
             "compiled_calls": calls * parts,
             "eager_calls": 0,
         }
@@ -202,7 +204,8 @@ def test_inductor_compiles_both_ways_from_an_empty_cache(run, mode, monkeypatch,
     found = run(mode, "loop", "lora", "inductor")["teacher_fit"]
     fact = found.facts["compile"]
     assert found.loss_trace() == pytest.approx(eager, rel=1e-4)
-    assert (fact["cache"], fact["graphs"], fact["eager_calls"]) == ("cold", 2, 0)
+    graphs = 4 if mode == "regional" else 2
+    assert (fact["cache"], fact["graphs"], fact["eager_calls"]) == ("cold", graphs, 0)
     assert fact["seconds"] > 1
 
 
@@ -210,10 +213,11 @@ def test_inductor_compiles_both_ways_from_an_empty_cache(run, mode, monkeypatch,
 
 
 def test_layers_beyond_the_limit_of_recompiles_share_one_graph(monkeypatch):
+    """All but the last."""
     deep = llm.PRESETS["tiny"] | {"num_hidden_layers": 10}
     monkeypatch.setitem(llm.PRESETS, "tiny", deep)
     fact = compiled("regional", [ROWS, ROWS])
-    assert (fact["graphs"], fact["compiled_calls"], fact["limit_reached"]) == (1, 10, False)
+    assert (fact["graphs"], fact["compiled_calls"], fact["limit_reached"]) == (2, 10, False)
 
 
 @pytest.mark.parametrize(
@@ -262,8 +266,10 @@ def test_packed_batches_are_compiled_once_for_their_shape(mode):
             assert tiny.close(model.read_out(batch), plain.read_out(batch), 1e-4)
         teacher.item_embeddings(model, tiny.pieces())
     facts = observer.facts["compile"]
-    assert (facts["graphs"], facts["recompiles"], facts["eager_calls"]) == (1, 0, 0)
-    assert facts["compiled_calls"] == len(batches) * (LAYERS if mode == "regional" else 1)
+    parts = LAYERS if mode == "regional" else 1
+    assert (facts["graphs"], facts["recompiles"], facts["eager_calls"]) == (parts, 0, 0)
+    assert facts["compiled_calls"] == len(batches) * parts
+    assert len({len(batches[i]["readout"]) for i in range(len(batches))}) > 1
 
 
 def test_compiled_checkpointing_keeps_less_for_the_backward(monkeypatch):
@@ -274,7 +280,7 @@ def test_compiled_checkpointing_keeps_less_for_the_backward(monkeypatch):
         model, settings = build("regional", gradient_checkpointing=recomputed)
         batch = tiny.batch(model, settings, ROWS)
         kept[recomputed] = activation_bytes(model.train(), batch)
-    assert kept[True] < 0.5 * kept[False]
+    assert kept[True] < 0.55 * kept[False]
 
 
 def activation_bytes(model: teacher.Teacher, batch: dict) -> int:
@@ -333,11 +339,11 @@ def test_fixed_shapes_run_into_the_limit_and_it_shows(monkeypatch):
     batches = lengths(*build("off"))
     assert len(batches) == 4
     dynamic = compiled("regional", batches)
-    assert (dynamic["graphs"], dynamic["limit_reached"], dynamic["eager_calls"]) == (1, False, 0)
+    assert (dynamic["graphs"], dynamic["limit_reached"], dynamic["eager_calls"]) == (2, False, 0)
     monkeypatch.setattr(compiling, "DYNAMIC", False)
     with _dynamo.config.patch(recompile_limit=2):
         fixed = compiled("regional", batches)
-    assert (fixed["graphs"], fixed["recompiles"]) == (2, 1)
+    assert (fixed["graphs"], fixed["recompiles"]) == (4, 2)
     assert fixed["limit_reached"]
     assert (fixed["compiled_calls"], fixed["eager_calls"]) == (2 * LAYERS, LAYERS)
 

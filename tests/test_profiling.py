@@ -225,6 +225,8 @@ def test_the_sizes_are_those_of_the_live_layers() -> None:
         lora=layers * 2 * (2 * width * 8),
         layers=layers,
         width=width,
+        weights_behind=width**2 + 2 * 4 * width**2,
+        lora_behind=0,
     )
 
 

@@ -8,9 +8,10 @@ row of T tokens in L layers of width d costs
     inference   2 N       + 2 N_lora +  4 T d L
 
 N counts the weights of the backbone's matrix products, embeddings and language-model head left
-out. The last term is attention with all T² products (Chowdhery et al., PaLM, 2022, appendix B); a
-kernel that skips what lies above the diagonal does half of them. 6 N a token would overstate LoRA
-by half.
+out. Those behind the last attention are asked for the samples' own tokens only, which are read out:
+of the others nothing is wanted there. The last term is attention with all T² products (Chowdhery et
+al., PaLM, 2022, appendix B); a kernel that skips what lies above the diagonal does half of them.
+6 N a token would overstate LoRA by half.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,9 @@ class Backbone:
     layers: int
     width: int
     """Heads × width of a head."""
+    weights_behind: int = 0
+    """Of N, those behind the last attention."""
+    lora_behind: int = 0
 
 
 def teacher_flops(backbone: Backbone, tokens: float, samples: float, trains: bool) -> float:
@@ -38,9 +42,11 @@ def teacher_flops(backbone: Backbone, tokens: float, samples: float, trains: boo
     more.
     """
     passes = 3 if trains else 1
-    frozen = (2 if trains else 1) * 2 * backbone.weights
-    adapters = passes * 2 * backbone.lora
-    return tokens * (frozen + adapters + passes * _attention(backbone, tokens / samples))
+    frozen, adapters = (2 if trains else 1) * 2, passes * 2
+    behind = frozen * backbone.weights_behind + adapters * backbone.lora_behind
+    before = frozen * backbone.weights + adapters * backbone.lora - behind
+    attention = passes * _attention(backbone, tokens / samples)
+    return tokens * (before + attention) + samples * behind
 
 
 def attention_share(backbone: Backbone, length: float, trains: bool) -> float:

@@ -3,7 +3,7 @@
 Worker side: imports torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.profile.arithmetic import Backbone
+from core import last_layer
 
 ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 """Operators that write nothing."""
@@ -93,15 +94,23 @@ def _bytes(tensor: Tensor) -> int:
 
 def backbone_sizes(backbone: nn.Module) -> Backbone:
     """The sizes of a backbone with adapters, from its live layers."""
-    weights = lora = 0
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.Linear):
-            size = module.in_features * module.out_features  # of 4-bit weights no shape tells
-            if ".lora_A." in name or ".lora_B." in name:
-                lora += size
-            else:
-                weights += size
+    weights, lora = _sizes([backbone])
+    weights_behind, lora_behind = _sizes(last_layer.behind(backbone))
     config: Any = backbone.config
     heads = config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Backbone(weights, lora, config.num_hidden_layers, heads * head_width)
+    layers = config.num_hidden_layers
+    return Backbone(weights, lora, layers, heads * head_width, weights_behind, lora_behind)
+
+
+def _sizes(parts: Sequence[nn.Module]) -> tuple[int, int]:
+    """Weights of the matrix products in these modules, and those of their adapters."""
+    weights = lora = 0
+    for name, module in (pair for part in parts for pair in part.named_modules()):
+        if isinstance(module, nn.Linear):
+            size = module.in_features * module.out_features  # of 4-bit weights no shape tells
+            if "lora_A." in name or "lora_B." in name:
+                lora += size
+            else:
+                weights += size
+    return weights, lora

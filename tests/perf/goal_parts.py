@@ -246,8 +246,8 @@ def _plain_read_out(model: Teacher, batch: dict) -> Tensor:
     embeds_BTH = model.backbone.get_input_embeddings()(batch["ids"]).detach()
     slots_SH = model.project(model.encoder.item_table.weight[batch["slot_items"]])
     flat = embeds_BTH.flatten(0, 1).index_copy(0, batch["slot_positions"], slots_SH)
-    hidden_BTH = model.last_hidden(flat.view_as(embeds_BTH), batch["layout"])
-    return hidden_BTH.flatten(0, 1)[batch["readout"]]
+    with model.gate.bound(None, batch["readout"]):
+        return model.last_hidden(flat.view_as(embeds_BTH), batch["layout"])
 
 
 def uniform(model: Teacher) -> Teacher:

@@ -94,9 +94,8 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
                 reference = ready.get(OWN.name, found).about
                 why = compare.difference(found.about, reference)
                 if not why:
-                    if options.quality_steps:
-                        say(f"{name}: {options.quality_steps} steps to compare quality")
-                        found.train(options.quality_steps)
+                    say(f"{name}: {options.quality_steps} steps to compare quality")
+                    found.train(options.quality_steps or 1)  # what cannot train is left out here
                     _, best = found.top(2, scratch)
                     why = compare.wrong_lists(best, split.histories(2), split.num_items)
             except Unable as unable:

@@ -1,8 +1,8 @@
 """RePlay's SasRec with its full softmax, driven as its documentation does: Parquet files, default
 transforms, its Lightning module.
 
-Runs in an interpreter with `replay-rec` and without this project. `bucket` adds what RePlay ships
-for speed: trimmed batches, rows in buckets of like length.
+Runs in an interpreter with `replay-rec` and without this project. Of what RePlay ships for speed
+`trimmed` has trimmed batches, `bucket` also rows in buckets of like length.
 """
 
 import math
@@ -47,7 +47,7 @@ class AtTheDesk(lightning.Callback):
 
 
 def main(folder: Path, seed: int, variant: str, precision: str) -> None:
-    bucket = variant == "bucket"
+    trimmed, bucket = variant in ("trimmed", "bucket"), variant == "bucket"
     warnings.filterwarnings("ignore")
     lightning.seed_everything(seed, verbose=False)
     split, work = Split(folder), Path(tempfile.mkdtemp())
@@ -76,7 +76,7 @@ def main(folder: Path, seed: int, variant: str, precision: str) -> None:
     predicting = metadata(LENGTH) | {"seen_ids": {"shape": longest, "padding": items}}
     predicting |= {"user_id": {}}
     transforms = make_default_sasrec_transforms(schema)
-    if bucket:
+    if trimmed:
         names = ["item_id", "positive_labels"]
         transforms["train"].insert(2, TargetAwareAdaptiveTrimTransform(names))
         transforms["predict"].insert(1, AdaptiveTrimTransform("item_id"))
