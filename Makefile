@@ -38,7 +38,7 @@ OLDEST = $(shell grep -o 'transformers==[0-9.]*[0-9]' Dockerfile.cu121)
 test-oldest: install  ## what is near transformers, with the oldest version the images carry
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/test_transformers_range.py tests/test_llm.py \
-		tests/test_ilora.py tests/test_teacher.py tests/test_checkpoints.py tests/test_compiling.py tests/test_loop.py
+		tests/test_ilora.py tests/test_last_layer.py tests/test_teacher.py tests/test_checkpoints.py tests/test_compiling.py tests/test_loop.py
 
 test-containers: install  ## workers in real containers; needs docker or podman (tests/engine.sh start)
 	$(BIN)/python -m pytest -m container -rs

@@ -26,6 +26,8 @@ padding, few enough to keep batches random."""
 ROW_TOKENS, LITTLE, TRIED_BATCHES = 512, 0.03, 64
 """Packed rows hold so many tokens at least, and more until only this share of a few batches is
 padding: in longer rows attention pays for more pairs of tokens that must not see each other."""
+SWAPS = 1000
+"""At most, to level batches or rows."""
 WIDTH_STEP = 8
 """Packed widths are multiples of it, as 16-bit matrix products like them."""
 
@@ -88,16 +90,18 @@ def _packed(
     """
     if not len(order):
         return Plan([], [], 0)
-    full = len(order) - len(order) % batch_size
+    full = len(order) // batch_size
+    chunks = max(1, full // max(CHUNK_BATCHES, CHUNK_PROMPTS // batch_size))
+    if random is None:  # chunks of every length alike, out of an order of users
+        order = order[np.argsort(-lengths, kind="stable")]
+    rounds = order[: full * batch_size].reshape(batch_size, full)
     batches: list[np.ndarray] = []
-    # Chunks are alike where prompts come at random; in order of users they are not.
-    chunk_size = len(order) if random is None else batch_size * CHUNK_BATCHES
-    for chunk in _cut(order[:full], chunk_size):
-        dealt = _deal(chunk[np.argsort(-lengths[chunk], kind="stable")], lengths, batch_size)
-        batches += list(dealt if random is None else random.permutation(dealt))
-    if full < len(order):
-        batches.append(order[full:])
-    count = _row_count(batches[:TRIED_BATCHES], lengths)
+    for first in range(chunks if full else 0):
+        dealt = _deal(rounds[:, first::chunks], lengths)
+        batches += dealt if random is None else [dealt[i] for i in random.permutation(len(dealt))]
+    if full * batch_size < len(order):
+        batches.append(order[full * batch_size :])
+    count = _row_count(batches[:: -(-len(batches) // TRIED_BATCHES)], lengths)
     rows = [_spread(batch, lengths, count) for batch in batches]
     return Plan(
         [np.concatenate(spread) for spread in rows],
@@ -127,18 +131,19 @@ def _width(rows: list[list[np.ndarray]], lengths: np.ndarray) -> int:
     return -(-widest // WIDTH_STEP) * WIDTH_STEP
 
 
-def _deal(by_length: np.ndarray, lengths: np.ndarray, each: int) -> np.ndarray:
-    """Deal prompts, longest first, in rounds into batches of `each`: the longest of a round go to
-    those that hold least. (batches, each).
+def _deal(prompts: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Deal prompts (each, batches) in rounds, longest first, into batches of `each`: the longest of
+    a round go to those that hold least.
     """
-    rounds = by_length.reshape(each, -1)
-    batches = np.empty((rounds.shape[1], each), dtype=by_length.dtype)
+    by_length = prompts.ravel()[np.argsort(-lengths[prompts.ravel()], kind="stable")]
+    rounds = by_length.reshape(prompts.shape)
+    batches = np.empty(prompts.shape[::-1], dtype=prompts.dtype)
     filled = np.zeros(len(batches), dtype=np.int64)
-    for place, prompts in enumerate(rounds):
+    for place, dealt in enumerate(rounds):
         emptiest = np.argsort(filled, kind="stable")
-        batches[emptiest, place] = prompts
-        filled[emptiest] += lengths[prompts]
-    return batches
+        batches[emptiest, place] = dealt
+        filled[emptiest] += lengths[dealt]
+    return _levelled(list(batches), lengths)
 
 
 def _spread(prompts: np.ndarray, lengths: np.ndarray, count: int) -> list[np.ndarray]:
@@ -151,7 +156,26 @@ def _spread(prompts: np.ndarray, lengths: np.ndarray, count: int) -> list[np.nda
         tokens, row = filled[0]
         rows[row].append(prompt)
         heapq.heapreplace(filled, (tokens + int(lengths[prompt]), row))
-    return [np.array(row, dtype=prompts.dtype) for row in rows]
+    return _levelled([np.array(row, dtype=prompts.dtype) for row in rows], lengths)
+
+
+def _levelled(groups: list[np.ndarray], lengths: np.ndarray) -> list[np.ndarray]:
+    """Swap prompts of the fullest group and the emptiest, in place, while that levels them: the
+    fullest of all decides the shape of all.
+    """
+    filled = np.array([lengths[group].sum() for group in groups])
+    for _ in range(SWAPS):
+        fullest, emptiest = groups[filled.argmax()], groups[filled.argmin()]
+        gap = filled.max() - filled.min()
+        moved = lengths[fullest][:, None] - lengths[emptiest]
+        better = (moved > 0) & (moved < gap)
+        if not better.any():
+            break
+        half = np.where(better, np.abs(2 * moved - gap), gap)
+        one, other = np.unravel_index(half.argmin(), half.shape)
+        filled[[filled.argmax(), filled.argmin()]] += [-moved[one, other], moved[one, other]]
+        fullest[one], emptiest[other] = emptiest[other], fullest[one]
+    return groups
 
 
 def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:

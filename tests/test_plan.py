@@ -246,18 +246,20 @@ def test_packed_rows_have_one_shape_and_answer_their_own():
     assert len(shapes) == 1 and len(batches) > 5
 
 
-WASTE = {"padded": (0.1, 0.9), "grouped": (0.0, 0.06), "packed": (0.0, 0.06)}
+WASTE = {"padded": (0.1, 0.9), "grouped": (0.0, 0.05), "packed": (0.0, 0.05)}
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("shape", ["dense", "sparse"])
-@pytest.mark.parametrize("size", [32, 64])
-def test_little_is_padding(batching, shape, size):
-    """Dense histories near the window, sparse ones with a long tail."""
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("seed", [0, None])
+def test_little_is_padding(batching, shape, size, seed):
+    """Dense histories near the window, sparse ones with a long tail; 12 prompts in a last batch."""
     random = np.random.default_rng(0)
-    spread = {"dense": random.normal(330, 60, 20_000), "sparse": random.lognormal(4.1, 0.6, 20_000)}
+    spread = {"dense": random.normal(330, 60, 20_012), "sparse": random.lognormal(4.1, 0.6, 20_012)}
     least, most = WASTE[batching]
-    assert least <= waste(spread[shape].clip(20, 400).astype(np.int64), batching, size) <= most
+    lengths = spread[shape].clip(20, 400).astype(np.int64)
+    assert least <= waste(lengths, batching, size, seed) <= most
 
 
 @pytest.mark.parametrize("batching", ["grouped", "packed"])
@@ -275,8 +277,8 @@ def test_of_the_embedded_catalogue_a_twentieth_at_most_is_padding(batching, mode
     assert waste(lengths, batching, given.train.batch_size) <= 0.05
 
 
-def waste(lengths: np.ndarray, batching: Batching, size: int) -> float:
+def waste(lengths: np.ndarray, batching: Batching, size: int, seed: int | None = 0) -> float:
     """Share of the cells of an epoch's batches that holds no token."""
-    found = plan.plan(lengths, batching, size, seed=0)
+    found = plan.plan(lengths, batching, size, seed)
     grids = [found.grid(i, lengths) for i in range(len(found))]
     return 1 - lengths.sum() / sum(grid.rows * grid.width for grid in grids)
