@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from perf import found as page
-from perf import goal_parts, goal_teacher, goal_trainer, goals, timing
+from perf import goal_parts, goal_teacher, goal_trainer, goals, products, timing
 from perf import world as present
 from perf.equality import Unequal, equal, equal_gradients, equal_top_k
 from perf.found import Found
 from perf.old_way import RUNGS, ExpertLinear, metrics_of
 from perf.shape_counts import counts
+from perf.timing import Paired
 from perf.world import World
 
 from core.settings import SyntheticSettings
@@ -183,6 +184,15 @@ def test_padding_counts_every_batching(monkeypatch):
     found = {one.goal.rpartition(", ")[2]: one for one in goal_parts.padding((8,))}
     assert found["padded"].value > found["grouped"].value > 0
     assert found["padded"].wanted is None and found["packed"].wanted == 0.05
+
+
+def test_the_share_of_products_is_of_the_time_in_operators():
+    left, right = torch.ones(400, 400), torch.ones(400, 400)
+    assert products.share(lambda: left @ right) > 0.8
+    assert products.share(left.exp) == 0
+    assert 0.05 < products.share(lambda: (left @ right).exp().log().sin().sum()) < 0.95
+    words = products.most(Paired(3.0, 2.9, 3.1, 5, 1.0), lambda: left @ right)
+    assert words.startswith(("9", "8", "100")) and words.endswith(" if nothing else were left")
 
 
 # ---- times and the page ----

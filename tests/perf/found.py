@@ -19,7 +19,9 @@ the same: same weights, prompts, targets, rank, dtype, optimizer and real tokens
 and top-k of both sides are compared first, and a pair that differs is not timed. Times are this
 process's own processor seconds on one thread, both sides in turns, every second block in reverse
 order; a ratio is the median of the blocks' ratios, with the smallest and the largest beside it.
-Counts are exact and made without computing anything. The ways compared with are in
+Counts are exact and made without computing anything. *Products and attention* is their part of the
+time inside torch's operators on the present side; what Python does between them comes on top, so
+the ratio that would be left without all the rest is an upper bound. The ways compared with are in
 `tests/perf/old_way.py`, `tests/perf/reference.py` and `tests/perf/trainer_peer.py`.
 """
 

@@ -14,6 +14,7 @@ from core.loop import adamw
 from core.outputs import Outputs
 from core.ranking import held_out
 from core.teacher import Teacher
+from perf import products
 from perf import world as present
 from perf.equality import GRADIENTS, GRADIENTS_FP64, equal, equal_gradients, equal_top_k
 from perf.found import Found, timed
@@ -89,12 +90,14 @@ def training(world: World, blocks: int) -> Iterator[Found]:
     works["now"] = present.training_step(world, now)
     works["now, packed"] = present.training_step(replace(world, batching="packed"), now)
     seconds = rounds(works, blocks)
+    ratio = paired(seconds["old way"], seconds["now"])
     yield timed(
         f"training step, {world.preset}, {world.prompts} prompts, {world.max_history} items",
         "old way",
         5,
-        paired(seconds["old way"], seconds["now"]),
+        ratio,
         equality=equality["old way"],
+        remark=products.most(ratio, works["now"]),
     )
     names = [*RUNGS, "now", "now, packed"]
     for before, after in itertools.pairwise(names):
@@ -132,12 +135,16 @@ def evaluation(world: World, blocks: int) -> Iterator[Found]:
             present.write_outputs(world, now, asked, folder / "new")
 
         seconds = rounds({"old": run_old, "now": run_now}, blocks)
+        ratio = paired(seconds["old"], seconds["now"])
+        remark = products.most(ratio, run_now)
+    work = f"{world.prompts} users and samples, {world.max_history} items"
     yield timed(
-        f"teacher evaluation + outputs, {world.preset}, {world.prompts} users and samples",
+        f"teacher evaluation + outputs, {world.preset}, {work}",
         "old way",
         8,
-        paired(seconds["old"], seconds["now"]),
+        ratio,
         equality=f"{equality[0]}, {equality[1]}, metrics {metrics_differ:.1e}",
+        remark=remark,
     )
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from core.teacher import Teacher
-from perf import trainer_peer
+from perf import products, trainer_peer
 from perf import world as present
 from perf.equality import equal, equal_gradients
 from perf.found import Found, timed
@@ -54,13 +54,16 @@ def trainer(world: World, blocks: int) -> Iterator[Found]:
     seconds = rounds(works, blocks)
     goal = f"training epoch, plain LoRA, {world.preset}, batches of {world.batch_size}"
     for name, wanted in (("tuned", 1.3), ("as it comes", None)):
+        ratio = paired(seconds[name], seconds["plain"])
         yield timed(
             goal,
             f"HF Trainer + peft, {name}",
             wanted,
-            paired(seconds[name], seconds["plain"]),
+            ratio,
             equality=checks[name],
-            remark="same batches" if wanted else "random batches padded to their longest row",
+            remark=f"same batches; {products.most(ratio, works['plain'])}"
+            if wanted
+            else "random batches padded to their longest row",
         )
     yield timed(
         f"… gated, {world.preset}",

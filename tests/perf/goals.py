@@ -39,6 +39,7 @@ GOALS: Mapping[str, Goal] = {
     "trainer": lambda blocks: goal_trainer.trainer(WORLD, blocks),
     "causal": lambda blocks: goal_teacher.causal(ONE_USER, blocks),
     "long": lambda blocks: goal_teacher.training(LONG, blocks),
+    "long evaluation": lambda blocks: goal_teacher.evaluation(LONG, blocks),
 }
 
 
