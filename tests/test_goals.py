@@ -237,7 +237,7 @@ def test_the_page_names_command_machine_and_every_line():
         Found("count", "stock", 0.5, 0.6, at_most=True),
         Found("mode", "other", 20, remark="not built"),
     ]
-    text = page.render(lines, page.command_line(["--blocks", "5"]))
+    text = page.render(lines, page.Made("perf.goals", ("--blocks", "5"), goals.CLOCK))
     assert "`PYTHONPATH=tests python -m perf.goals --blocks 5`" in text
     assert "Of 3 goals: 1 reached, 1 missed, 1 not measured." in text
     assert "8.000 to 8.500" in text and "loss 1e-7" in text and "not built" in text

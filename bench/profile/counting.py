@@ -30,6 +30,8 @@ class Arithmetic(TorchDispatchMode):
         super().__init__()
         self.flops = 0
         self.bytes = 0
+        self.product_bytes = 0
+        """Of those, the bytes of operators that have FLOPs."""
         self.head_flops = 0
         """Of the forward outside the backbone."""
         self.inside_backbone = False
@@ -43,16 +45,17 @@ class Arithmetic(TorchDispatchMode):
         if taken_apart is not NotImplemented:
             return taken_apart
         result = func(*args, **(kwargs or {}))
+        moved = 0
+        if not _moves_nothing(func):
+            moved = sum(map(_bytes, _tensors((args, kwargs)))) + sum(map(_bytes, _tensors(result)))
+            self.bytes += moved
         if formula := self._formulas.get(func.overloadpacket):
+            self.product_bytes += moved
             flops = formula(*args, **(kwargs or {}), out_val=result)
             self.flops += flops
             in_backward = torch._C._current_graph_task_id() != -1
             if not (in_backward or self.inside_backbone):
                 self.head_flops += flops
-        if not _moves_nothing(func):
-            self.bytes += sum(map(_bytes, _tensors((args, kwargs)))) + sum(
-                map(_bytes, _tensors(result))
-            )
         return result
 
 

@@ -16,8 +16,8 @@ HEAD = """\
 
 Written by `{command}`; do not edit. Each line sets the present code against another way of doing
 the same: same weights, prompts, targets, rank, dtype, optimizer and real tokens. Loss, gradients
-and top-k of both sides are compared first, and a pair that differs is not timed. Times are this
-process's own processor seconds on one thread, both sides in turns, every second block in reverse
+and top-k of both sides are compared first, and a pair that differs is not timed. Times are
+{clock}, both sides in turns, every second block in reverse
 order; a ratio is the median of the blocks' ratios, with the smallest and the largest beside it.
 Counts are exact and made without computing anything. *Products and attention* is their part of the
 time inside torch's operators on the present side; what Python does between them comes on top, so
@@ -84,7 +84,24 @@ def cells(one: Found) -> list[str]:
             one.word, plain(notes)]  # fmt: skip
 
 
-def render(found: Sequence[Found], command: str, left: Sequence[str] = ()) -> str:
+@dataclass(frozen=True)
+class Made:
+    """How a page came about."""
+
+    program: str
+    arguments: tuple[str, ...]
+    clock: str
+    """Whose seconds the times are."""
+    device: str = ""
+    """That did the work, where it was not the processor."""
+
+    @property
+    def command(self) -> str:
+        """The command that makes the page."""
+        return " ".join([f"PYTHONPATH=tests python -m {self.program}", *self.arguments])
+
+
+def render(found: Sequence[Found], made: Made, left: Sequence[str] = ()) -> str:
     """The page: what was reached, the lines of each goal; `left`: goals not yet measured."""
     here = environment()
     versions = ", ".join(f"{name} {installed_version(name)}" for name in PACKAGES)
@@ -106,8 +123,8 @@ def render(found: Sequence[Found], command: str, left: Sequence[str] = ()) -> st
         "notes",
     ]
     parts = [
-        HEAD.format(command=command),
-        f"Measured {now} UTC, commit {commit}, {here['cpu']}, one thread, load "
+        HEAD.format(command=made.command, clock=made.clock),
+        f"Measured {now} UTC, commit {commit}, {made.device or here['cpu'] + ', one thread'}, load "
         f"{here['load_1min']:.1f} on {here['usable_cores']} cores; {platform.system()}, Python "
         f"{sys.version.split()[0]}, {versions}.",
         "Of {} goals: {}.".format(
@@ -117,8 +134,3 @@ def render(found: Sequence[Found], command: str, left: Sequence[str] = ()) -> st
         table(head, [cells(one) for one in found]),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """The command that makes the page."""
-    return " ".join(["PYTHONPATH=tests python -m perf.goals", *arguments])

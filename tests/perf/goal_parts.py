@@ -6,6 +6,7 @@ Shapes: U users, V items, D width, B users of a batch, T tokens, K experts, R ra
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
@@ -24,7 +25,7 @@ from core.settings import Batching, EvalSettings, SyntheticSettings, TeacherSett
 from core.teacher import Teacher
 from perf import old_way, reference, shape_counts
 from perf import world as present
-from perf.equality import GRADIENTS, GRADIENTS_FP64, LOSS, equal, equal_gradients
+from perf.equality import ALLOWED, GRADIENTS_FP64, equal, equal_gradients
 from perf.found import Found, timed
 from perf.timing import paired, rounds
 from perf.world import World
@@ -32,6 +33,8 @@ from perf.world import World
 CUTOFFS = (5, 10, 20)
 LAYER_SHAPES = {(768, 768): 4, (768, 3072): 1, (3072, 768): 1}
 """Linear layers of a block of OPT-125m, and how many there are."""
+LAYER_GOALS = {4: 1.3, 8: 1.8}
+"""By number of experts."""
 
 
 # ---- full ranking ----
@@ -114,12 +117,28 @@ class OneLayer(nn.Module):
         return self.q_proj(x_BTD)
 
 
+@dataclass(frozen=True)
+class Where:
+    """Device, dtype and number of users of a layer under comparison."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    users: int = 8
+
+
+HERE = Where()
+
+
 class GatedLayer:
     """One gated layer and its expert-axis form with the same weights, input and gate."""
 
-    def __init__(self, shape: tuple[int, int], experts: int, rank: int = 16, dtype=torch.float32):
+    def __init__(self, shape: tuple[int, int], experts: int, where: Where, rank: int = 16):
         torch.manual_seed(0)
-        users, tokens = 8, 100
+        with torch.device(where.device):
+            self._build(shape, experts, where, rank)
+
+    def _build(self, shape: tuple[int, int], experts: int, where: Where, rank: int) -> None:
+        users, tokens, dtype = where.users, 100, where.dtype
         self.settings = TeacherSettings(
             target_modules=("q_proj",), num_experts=experts, lora_r=rank
         )
@@ -130,10 +149,12 @@ class GatedLayer:
         nn.init.normal_(self.up, std=0.1)
         self.model.to(dtype).train()
         self.share = rank // experts
+        held = torch.promote_types(dtype, torch.float32)  # released with fp32 adapters
+        down, up = self.down.detach().to(held, copy=True), self.up.detach().to(held, copy=True)
         self.old = reference.ExpertLoRA(
             layer.base_layer,
-            self.down.detach().view(experts, self.share, -1).clone(),
-            self.up.detach().view(-1, experts, self.share).movedim(1, 0).contiguous(),
+            down.view(experts, self.share, -1),
+            up.view(-1, experts, self.share).movedim(1, 0).contiguous(),
             self.settings.lora_alpha / self.share,
         )
         self.x_BTD = torch.randn(users, tokens, shape[0], dtype=dtype, requires_grad=True)
@@ -176,21 +197,26 @@ class GatedLayer:
 
 
 def gated_layer(
-    blocks: int, shapes: Mapping[tuple[int, int], int] = LAYER_SHAPES
+    blocks: int,
+    shapes: Mapping[tuple[int, int], int] = LAYER_SHAPES,
+    wanted_of: Mapping[int, float] = LAYER_GOALS,
+    where: Where = HERE,
 ) -> Iterator[Found]:
     """Forward and backward of adapted layers, their frozen products included: all of a block of
     OPT-125m, which is judged, and each shape alone.
     """
-    for experts, wanted in ((4, 1.3), (8, 1.8)):
+    exactly = replace(where, dtype=torch.float64)
+    allowed = ALLOWED["fp32" if where.dtype == torch.float32 else "bf16-mixed"]
+    for experts, wanted in wanted_of.items():
         checks, layers = [], {}
         for shape in shapes:
-            exact = GatedLayer(shape, experts, dtype=torch.float64)
-            layers[shape] = GatedLayer(shape, experts)
-            single = layers[shape].equality(LOSS, GRADIENTS)
+            exact = GatedLayer(shape, experts, exactly)
+            layers[shape] = GatedLayer(shape, experts, where)
+            single = layers[shape].equality(*allowed)
             checks.append(f"{single}; fp64: {exact.equality(GRADIENTS_FP64, GRADIENTS_FP64)}")
         works = {(s, "old"): layer.before for s, layer in layers.items()}
         works |= {(s, "now"): layer.now for s, layer in layers.items()}
-        seconds = rounds(works, 4 * blocks)
+        seconds = rounds(works, 4 * blocks, lambda: present.seconds_on(where.device))
         block = {
             side: [
                 sum(count * t for count, t in zip(shapes.values(), times, strict=True))
@@ -268,7 +294,7 @@ def gating(world: World, blocks: int) -> Iterator[Found]:
         "plain": present.training_step(world, plain),
         "gated": present.training_step(world, gated),
     }
-    seconds = rounds(works, 2 * blocks)
+    seconds = rounds(works, 2 * blocks, world.clock)
     ratio = paired(seconds["gated"], seconds["plain"])  # overhead: gated / plain
     yield timed(
         f"gating overhead of a training step, {world.preset}",

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.loop import adamw
+from core.loop import adamw, autocast
 from core.outputs import Outputs
 from core.ranking import held_out
 from core.teacher import Teacher
 from perf import products
 from perf import world as present
-from perf.equality import GRADIENTS, GRADIENTS_FP64, equal, equal_gradients, equal_top_k
+from perf.equality import ALLOWED, GRADIENTS_FP64, equal, equal_gradients, equal_top_k
 from perf.found import Found, timed
 from perf.old_way import RUNGS, OldTeacher
 from perf.timing import paired, rounds
@@ -37,8 +37,13 @@ def checked(world: World, now: Teacher, other: OldTeacher) -> str:
     loss, gradients = present.loss_and_gradients(world, now)
     other.train()
     other.zero_grad(set_to_none=True)
-    before = other.accumulate(world.queries, world.rows, world.batch_size)
-    found = [equal("loss", loss, before), equal_gradients(gradients, other.gradients(), GRADIENTS)]
+    with autocast(world.precision, world.on):
+        before = other.accumulate(world.queries, world.rows, world.batch_size)
+    loss_allowed, allowed = ALLOWED[world.precision]
+    found = [
+        equal("loss", loss, before, loss_allowed),
+        equal_gradients(gradients, other.gradients(), allowed),
+    ]
     other.zero_grad(set_to_none=True)
     return ", ".join(map(str, found))
 
@@ -73,14 +78,15 @@ def old_step(world: World, other: OldTeacher):
     optimizer = adamw(other.trainable(), lr=1e-30, weight_decay=0.0)
 
     def run() -> None:
-        other.accumulate(world.queries, world.rows, world.batch_size)
+        with autocast(world.precision, world.on):
+            other.accumulate(world.queries, world.rows, world.batch_size)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return run
 
 
-def training(world: World, blocks: int) -> Iterator[Found]:
+def training(world: World, blocks: int, wanted: float = 5) -> Iterator[Found]:
     """The training step, and what each rung between the old way and now is worth."""
     now = world.new_teacher()
     others = {rung: old(world, now, rung) for rung in RUNGS}
@@ -89,15 +95,15 @@ def training(world: World, blocks: int) -> Iterator[Found]:
     works = {rung: old_step(world, other) for rung, other in others.items()}
     works["now"] = present.training_step(world, now)
     works["now, packed"] = present.training_step(replace(world, batching="packed"), now)
-    seconds = rounds(works, blocks)
+    seconds = rounds(works, blocks, world.clock)
     ratio = paired(seconds["old way"], seconds["now"])
     yield timed(
         f"training step, {world.preset}, {world.prompts} prompts, {world.max_history} items",
         "old way",
-        5,
+        wanted,
         ratio,
         equality=equality["old way"],
-        remark=products.most(ratio, works["now"]),
+        remark=products.most(ratio, works["now"], world.device),
     )
     names = [*RUNGS, "now", "now, packed"]
     for before, after in itertools.pairwise(names):
@@ -134,9 +140,9 @@ def evaluation(world: World, blocks: int) -> Iterator[Found]:
             present.evaluate(world, now)
             present.write_outputs(world, now, asked, folder / "new")
 
-        seconds = rounds({"old": run_old, "now": run_now}, blocks)
+        seconds = rounds({"old": run_old, "now": run_now}, blocks, world.clock)
         ratio = paired(seconds["old"], seconds["now"])
-        remark = products.most(ratio, run_now)
+        remark = products.most(ratio, run_now, world.device)
     work = f"{world.prompts} users and samples, {world.max_history} items"
     yield timed(
         f"teacher evaluation + outputs, {world.preset}, {work}",
@@ -179,6 +185,7 @@ def outputs_rate(world: World, blocks: int) -> Iterator[Found]:
         seconds = rounds(
             {"forward": lambda: present.forward_only(world, now, asked), "outputs": write},
             4 * blocks,
+            world.clock,
         )
     yield timed(
         f"outputs a second, {world.preset}, {world.prompts} samples",
@@ -195,7 +202,7 @@ def causal(world: World, blocks: int) -> Iterator[Found]:
     for mode in ("instance", "causal"):
         there = replace(world, mode=mode)
         works[mode] = present.training_step(there, there.new_teacher())
-    seconds = rounds(works, blocks)
+    seconds = rounds(works, blocks, world.clock)
     yield timed(
         f"targets a second, mode causal, {world.max_history} items",
         "mode instance",

@@ -1,12 +1,12 @@
 """Goal against Hugging Face `Trainer` with peft: plain LoRA on both sides."""
 
-import time
 from collections.abc import Callable, Iterator
 
+from core.loop import autocast, to_device
 from core.teacher import Teacher
 from perf import products, trainer_peer
 from perf import world as present
-from perf.equality import equal, equal_gradients
+from perf.equality import ALLOWED, equal, equal_gradients
 from perf.found import Found, timed
 from perf.goal_parts import ungated, uniform
 from perf.timing import Steady, paired, rounds
@@ -19,7 +19,7 @@ def own_training(world: World, model: Teacher) -> Callable[[], Steady]:
 
     def run() -> Steady:
         ends: list[float] = []
-        present.training_epochs(world, model, 2, lambda: ends.append(time.process_time()))
+        present.training_epochs(world, model, 2, lambda: ends.append(world.clock()))
         return Steady(ends[-1] - ends[len(ends) // 2 - 1])
 
     return run
@@ -31,10 +31,16 @@ def equality(world: World, plain: Teacher, peer: Peer) -> str:
     rows, total = examples(world), 0.0
     peer.train().zero_grad(set_to_none=True)
     for chosen in plan_of(world, plain):
-        found = peer(**collate([rows[i] for i in chosen]))["loss"] * (len(chosen) / len(rows))
+        batch = to_device(collate([rows[i] for i in chosen]), world.on)
+        with autocast(world.precision, world.on):
+            found = peer(**batch)["loss"] * (len(chosen) / len(rows))
         found.backward()
         total += found.item()
-    checks = equal("loss", loss, total), equal_gradients(gradients, peer.gradients())
+    loss_allowed, allowed = ALLOWED[world.precision]
+    checks = (
+        equal("loss", loss, total, loss_allowed),
+        equal_gradients(gradients, peer.gradients(), allowed),
+    )
     peer.zero_grad(set_to_none=True)
     return ", ".join(map(str, checks))
 
@@ -51,7 +57,7 @@ def trainer(world: World, blocks: int) -> Iterator[Found]:
         "plain": own_training(world, plain),
         "gated": own_training(world, gated),
     }
-    seconds = rounds(works, blocks)
+    seconds = rounds(works, blocks, world.clock)
     goal = f"training epoch, plain LoRA, {world.preset}, batches of {world.batch_size}"
     for name, wanted in (("tuned", 1.3), ("as it comes", None)):
         ratio = paired(seconds[name], seconds["plain"])
@@ -61,7 +67,7 @@ def trainer(world: World, blocks: int) -> Iterator[Found]:
             wanted,
             ratio,
             equality=checks[name],
-            remark=f"same batches; {products.most(ratio, works['plain'])}"
+            remark=f"same batches; {products.most(ratio, works['plain'], world.device)}"
             if wanted
             else "random batches padded to their longest row",
         )

@@ -5,9 +5,10 @@ to standard output. Exit status: 0 all that was measured is reached, 1 something
 of sides turned out unequal, so it was not timed.
 """
 
-import argparse
+import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ GOALS: Mapping[str, Goal] = {
     "long": lambda blocks: goal_teacher.training(LONG, blocks),
     "long evaluation": lambda blocks: goal_teacher.evaluation(LONG, blocks),
 }
+CLOCK = "the process's own processor seconds on one thread"
 
 
 def measured(goals: Mapping[str, Goal], blocks: int) -> Iterator[Found]:
@@ -52,23 +54,37 @@ def measured(goals: Mapping[str, Goal], blocks: int) -> Iterator[Found]:
                 yield one
         except Unequal as error:
             yield Found(name, "", float("inf"), remark=f"UNEQUAL: {error}")
+        if torch.cuda.is_available():  # the next models want the memory
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def parser(prog: str, description: str, names: Iterable[str], out: Path) -> ArgumentParser:
+    """The command line of a set of goals."""
+    found = ArgumentParser(prog=prog, description=description)
+    found.add_argument("names", nargs="*", choices=[[], *names], help="some goals only")
+    found.add_argument("--blocks", type=int, default=BLOCKS)
+    found.add_argument("--out", type=Path, help=f"page; {out}, and of some goals the console")
+    return found
 
 
 def main(arguments: list[str]) -> int:
     """Measure and write; the exit status."""
-    parser = argparse.ArgumentParser(prog="perf.goals", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *GOALS], help="some goals only")
-    parser.add_argument("--blocks", type=int, default=BLOCKS)
-    parser.add_argument("--out", type=Path, help=f"page; {PAGE}, and of some goals the console")
-    given = parser.parse_args(arguments)
+    given = parser("perf.goals", __doc__, GOALS, PAGE).parse_args(arguments)
     torch.set_num_threads(1)
-    chosen = {name: goal for name, goal in GOALS.items() if not given.names or name in given.names}
-    out = given.out or (None if given.names else PAGE)
+    return measure(GOALS, given, PAGE, page.Made("perf.goals", tuple(arguments), CLOCK))
+
+
+def measure(goals: Mapping[str, Goal], given: Namespace, page_file: Path, made: page.Made) -> int:
+    """Measure the goals asked for and write the page; the exit status."""
+    chosen = {name: goal for name, goal in goals.items() if not given.names or name in given.names}
+    out = given.out or (None if given.names else page_file)
     found: list[Found] = []
     for number, name in enumerate(chosen, 1):  # the page grows, for a whole run takes long
         found += measured({name: chosen[name]}, given.blocks)
-        text = page.render(found, page.command_line(arguments), list(chosen)[number:])
+        text = page.render(found, made, list(chosen)[number:])
         if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
             partial = out.with_name(f".{out.name}.partial")
             partial.write_text(text, encoding="utf-8")
             partial.replace(out)

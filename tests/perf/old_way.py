@@ -141,6 +141,16 @@ def rank_space(
     return model
 
 
+def with_head(backbone: nn.Module, adapted: nn.Module) -> nn.Module:
+    """The causal language model of a backbone: `adapted` in its place, and the head on top."""
+    weight = backbone.get_input_embeddings().weight
+    with weight.device:
+        model = AutoModelForCausalLM.from_config(backbone.config, dtype=weight.dtype)
+    model.model = adapted
+    model.tie_weights()
+    return model
+
+
 class OldTeacher(nn.Module):
     """A teacher that works one of the old ways with a present teacher's weights."""
 
@@ -156,16 +166,15 @@ class OldTeacher(nn.Module):
         super().__init__()
         self.settings, self.way, self.bound = settings, way, Bound()
         self.tokenizer, self.titles, self.pieces = tokenizer, titles, pieces
+        self.device = now.projector[0].weight.device
         backbone = llm.load_backbone(
-            settings.teacher, settings.train.precision, torch.device("cpu"), settings.seed
+            settings.teacher, settings.train.precision, self.device, settings.seed
         )
         self.embed = backbone.get_input_embeddings()
         adapt = expert_axis if way.expert_axis else rank_space
         adapted = adapt(backbone, now.backbone, settings.teacher, self.bound)
         if way.lm_head:
-            self.model = AutoModelForCausalLM.from_config(backbone.config)
-            self.model.model = adapted
-            self.model.tie_weights()
+            self.model = with_head(backbone, adapted)
         else:
             self.model = adapted
         self.model.requires_grad_(False)
@@ -207,7 +216,7 @@ class OldTeacher(nn.Module):
         gate_BK = self.router(self.user_states(queries, rows).float()).softmax(-1)
         gate_BK = gate_BK.to(embeds_BTH.dtype)
         self.bound.bind(gate_BK, embeds_BTH.shape[1], self.settings.teacher.lora_r)
-        mask_BT = (torch.arange(embeds_BTH.shape[1]) < lengths_B[:, None]).long()
+        mask_BT = (torch.arange(embeds_BTH.shape[1]) < lengths_B[:, None]).long().to(self.device)
         given = {"inputs_embeds": embeds_BTH, "attention_mask": mask_BT, "use_cache": False}
         if self.way.lm_head:
             hidden_BTH = self.model(**given, output_hidden_states=True).hidden_states[-1]
@@ -219,7 +228,7 @@ class OldTeacher(nn.Module):
     def user_states(self, queries: Queries, rows: np.ndarray) -> Tensor:
         """SASRec states (B, D), from a pass over the histories of this batch."""
         items, lengths = queries.newest(rows, self.encoder.max_length)
-        states = self.encoder(torch.from_numpy(items))
+        states = self.encoder(self._here(items))
         return states[torch.arange(len(rows)), torch.from_numpy(lengths - 1)]
 
     def embedded(self, queries: Queries, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -229,9 +238,11 @@ class OldTeacher(nn.Module):
         examples, lengths = [], []
         for row in rows:
             tokens, slots, items = self._prompt(queries, int(row))
-            embeds_TH = self.embed(torch.tensor(tokens))
+            embeds_TH = self.embed(torch.tensor(tokens, device=self.device))
             slots_SH = self.project(self.encoder.item_table.weight[torch.tensor(items)])
-            embeds_TH = embeds_TH.index_copy(0, torch.tensor(slots), slots_SH)
+            slots_SH = slots_SH.to(embeds_TH.dtype)
+            places = torch.tensor(slots, device=self.device)
+            embeds_TH = embeds_TH.index_copy(0, places, slots_SH)
             examples.append(embeds_TH)
             lengths.append(len(tokens))
         width = self.longest if self.way.pad_to_split else max(lengths)
@@ -268,10 +279,14 @@ class OldTeacher(nn.Module):
         ids[cue] = np.tile(pieces.cue, len(rows))
         ends = begin + np.cumsum(pieces.lengths[shown], 1) - 1
         slots = (np.arange(len(rows))[:, None] * ids.shape[1] + ends)[shown > 0]
-        embeds_BTH = self.embed(torch.from_numpy(ids))
-        slots_SH = self.project(self.encoder.item_table.weight[torch.from_numpy(shown[shown > 0])])
-        flat = embeds_BTH.flatten(0, 1).index_copy(0, torch.from_numpy(slots), slots_SH)
+        embeds_BTH = self.embed(self._here(ids))
+        slots_SH = self.project(self.encoder.item_table.weight[self._here(shown[shown > 0])])
+        slots_SH = slots_SH.to(embeds_BTH.dtype)
+        flat = embeds_BTH.flatten(0, 1).index_copy(0, self._here(slots), slots_SH)
         return flat.view_as(embeds_BTH), torch.from_numpy(lengths)
+
+    def _here(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     def project(self, vectors_ND: Tensor) -> Tensor:
         """Item vectors to backbone width, (N, H)."""
@@ -283,8 +298,9 @@ class OldTeacher(nn.Module):
 
     def loss(self, queries: Queries, rows: np.ndarray) -> Tensor:
         """Mean cross-entropy over all items."""
-        targets_B = torch.from_numpy(queries.targets[rows])
-        return F.cross_entropy(self.scores(self.read_out(queries, rows))[:, 1:], targets_B - 1)
+        targets_B = self._here(queries.targets[rows])
+        scores_BV1 = self.scores(self.read_out(queries, rows))
+        return F.cross_entropy(scores_BV1[:, 1:].float(), targets_B - 1)
 
     def accumulate(self, queries: Queries, rows: np.ndarray, size: int) -> float:
         """Gradients of the mean loss of the rows, in batches; the loss."""
@@ -316,7 +332,7 @@ class OldTeacher(nn.Module):
     def answer(self, queries: Queries, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Read-out states (B, H) and scores (B, V+1)."""
         state_BH = self.read_out(queries, rows)
-        return state_BH, self.scores(state_BH)
+        return state_BH.float().cpu(), self.scores(state_BH).float().cpu()
 
     def evaluate(self, queries: Queries, size: int, cutoffs: Sequence[int]) -> dict[str, float]:
         """recall@k and ndcg@k, user after user."""

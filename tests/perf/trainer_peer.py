@@ -10,7 +10,6 @@ Shapes: B rows, T tokens, S item slots, H backbone width, V items.
 
 import copy
 import tempfile
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -19,10 +18,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from core import llm
 from core.teacher import Teacher
+from perf.old_way import with_head
 from perf.timing import Steady
 from perf.world import World
 
@@ -33,12 +33,10 @@ class Peer(nn.Module):
     def __init__(self, world: World, now: Teacher, tuned: bool):
         super().__init__()
         given = world.settings.teacher
-        backbone = llm.load_backbone(given, "fp32", torch.device("cpu"), world.settings.seed)
+        backbone = llm.load_backbone(given, world.precision, world.on, world.settings.seed)
         self.tuned, model = tuned, backbone
         if not tuned:
-            model = AutoModelForCausalLM.from_config(backbone.config)
-            model.model = backbone
-            model.tie_weights()
+            model = with_head(backbone, backbone)
             model.requires_grad_(False)
         config = LoraConfig(
             r=given.lora_r,
@@ -66,7 +64,7 @@ class Peer(nn.Module):
     ) -> dict[str, Tensor]:
         """Mean cross-entropy over all items under `loss`."""
         embeds_BTH = self.model.get_input_embeddings()(input_ids)
-        slots_SH = self._project(self._shown[0][slot_items])
+        slots_SH = self._project(self._shown[0][slot_items]).to(embeds_BTH.dtype)
         flat = embeds_BTH.flatten(0, 1).index_copy(0, slot_positions, slots_SH)
         given = {
             "inputs_embeds": flat.view_as(embeds_BTH),
@@ -77,9 +75,11 @@ class Peer(nn.Module):
             hidden_BTH = self.model(**given).last_hidden_state
         else:
             hidden_BTH = self.model(**given, output_hidden_states=True).hidden_states[-1]
-        last_BH = hidden_BTH[torch.arange(len(labels)), attention_mask.sum(1) - 1]
+        last_BH = hidden_BTH[
+            torch.arange(len(labels), device=labels.device), attention_mask.sum(1) - 1
+        ]
         scores_BV1 = last_BH @ self._project(self.item_table).t()
-        return {"loss": F.cross_entropy(scores_BV1[:, 1:], labels - 1)}
+        return {"loss": F.cross_entropy(scores_BV1[:, 1:].float(), labels - 1)}
 
     def _project(self, vectors_ND: Tensor) -> Tensor:
         return self.projector(vectors_ND * vectors_ND.shape[-1] ** 0.5)
@@ -144,14 +144,15 @@ class Planned(Trainer):
 
 
 class Clock(TrainerCallback):
-    """Processor time at the end of each step."""
+    """The time at the end of each step."""
 
-    def __init__(self):
+    def __init__(self, clock: Callable[[], float]):
+        self.clock = clock
         self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Called by the Trainer."""
-        self.ends.append(time.process_time())
+        self.ends.append(self.clock())
 
 
 def plan_of(world: World, now: Teacher) -> list[list[int]]:
@@ -174,14 +175,15 @@ def training(world: World, peer: Peer, plan: list[list[int]] | None) -> Callable
                 learning_rate=1e-30,
                 weight_decay=0.0,
                 max_grad_norm=1.0,
-                use_cpu=True,
+                use_cpu=world.on.type == "cpu",
+                bf16=world.precision == "bf16-mixed",
                 report_to=[],
                 save_strategy="no",
                 logging_strategy="no" if plan else "steps",
                 disable_tqdm=True,
                 remove_unused_columns=False,
             )
-            clock = Clock()
+            clock = Clock(world.clock)
             kind = Planned if plan else Trainer
             trainer = kind(
                 model=peer,

@@ -4,10 +4,12 @@ Shapes: B users, H backbone width, V items.
 """
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tiny
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from core import data, llm, outputs, prompts, ranking, stages
 from core import teacher as teaching
 from core.data import Prepared
-from core.loop import Fit, adamw, fit_loop
+from core.loop import Fit, adamw, autocast, fit_loop, to_device
 from core.observe import Observer, Step
 from core.overlap import Overlapped
 from core.plan import GatedPrompts
@@ -30,6 +32,7 @@ from core.settings import (
     DataSettings,
     EvalSettings,
     Mode,
+    Precision,
     Settings,
     StudentSettings,
     SyntheticSettings,
@@ -38,14 +41,24 @@ from core.settings import (
 )
 from core.states import encoder_states
 from core.teacher import Teacher
+from perf import shape_counts
 from perf.workloads import unobserved
 
 OPT_256 = dict(
     model_type="opt", hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024, num_hidden_layers=4,
     num_attention_heads=4, vocab_size=50272, max_position_embeddings=2048,
 )  # fmt: skip
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 TOP_K = 10
+
+
+def seconds_on(device: str) -> float:
+    """Seconds: of this process's processor, or on a GPU, once it has done all it was asked for,
+    those that passed.
+    """
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,19 @@ class World:
     whole_users: int = 0
     """The step has all samples of so many users, the longest; 0 = `prompts` samples drawn from all.
     """
+    device: str = "cpu"
+    precision: Precision = "fp32"
+    adapter: Literal["lora", "qlora"] = "lora"
+    compile: Literal["off", "regional"] = "off"
+
+    @property
+    def on(self) -> torch.device:
+        """Where all sides run."""
+        return torch.device(self.device)
+
+    def clock(self) -> float:
+        """Seconds on the device's clock."""
+        return seconds_on(self.device)
 
     @cached_property
     def settings(self) -> Settings:
@@ -73,7 +99,8 @@ class World:
             llm.PRESETS.setdefault(self.preset, OPT_256)
         given = TeacherSettings(
             llm_model_name=self.preset,
-            target_modules=ALL_LINEAR,
+            adapter=self.adapter,
+            target_modules=self.layers,
             lora_r=self.rank,
             num_experts=self.experts,
             max_history=self.max_history,
@@ -86,8 +113,15 @@ class World:
             data=DataSettings(synthetic=self.synthetic, batching=self.batching),
             student=StudentSettings(max_length=max(50, self.max_history)),
             teacher=given,
-            train=TrainSettings(batch_size=self.batch_size),
+            train=TrainSettings(
+                batch_size=self.batch_size, precision=self.precision, compile=self.compile
+            ),
         )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All linear layers of the preset."""
+        return shape_counts.LAYERS[llm.PRESETS[self.preset]["model_type"]]
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -130,7 +164,7 @@ class World:
         given = self.settings
         torch.manual_seed(3)
         encoder = SASRec(self.prepared.num_items, given.student).eval()
-        model = Teacher(given, encoder, tiny.CPU)
+        model = Teacher(given, encoder, self.on)
         tiny.activate(model)
         for name, parameter in model.backbone.named_parameters():
             if "lora_B" in name:  # on all layers: larger ones would drown the backbone
@@ -156,8 +190,9 @@ def loss_and_gradients(world: World, model: Teacher) -> tuple[float, dict[str, T
     model.train().zero_grad(set_to_none=True)
     total, batches = 0.0, world.batches(model)
     for index in range(len(batches)):
-        batch = batches[index]
-        loss = teaching.training_loss(model, batch, world.settings, 0.0, unobserved())
+        batch = to_device(batches[index], world.on)
+        with autocast(world.precision, world.on):
+            loss = teaching.training_loss(model, batch, world.settings, 0.0, unobserved())
         loss = loss * (batch["samples"] / len(world.rows))
         loss.backward()
         total += loss.item()
@@ -173,7 +208,7 @@ def exact_loss_and_gradients(
     model.double().train().zero_grad(set_to_none=True)
     model.router.float()
     model.encoder.double()
-    batch = batches_of(world, model, rows, len(rows))[0]
+    batch = to_device(batches_of(world, model, rows, len(rows))[0], world.on)
     return exact_loss(model, model.read_out(batch), batch["targets"]), named_gradients(model)
 
 
@@ -231,7 +266,8 @@ def _fit(world: World, model: Teacher, optimizer, observer: Observer, epochs: in
             validate=lambda: {"ndcg@10": 0.0},
             save=lambda name: None,
             optimizer=optimizer,
-            device=tiny.CPU,
+            device=world.on,
+            precision=world.precision,
             max_epochs=epochs,
             patience=epochs + 1,
             accumulate_grad_batches=count if whole else 1,

@@ -97,7 +97,7 @@ def _curves(curves: dict[str, Any], goal: float) -> str:
                 f"{best['cpu_s']:.0f} s",
                 f"{best['validation']['recall']:.4f} / {best['validation']['ndcg']:.4f}",
                 f"{best['test']['recall']:.4f} / {best['test']['ndcg']:.4f}",
-                plain(f"{curve['note']}; {curve['machine'].partition(',')[0]}"),
+                plain(f"{curve['note']}; {curve['machine'].partition(' (')[0]}"),
             ]
         )
     head = ["", f"CPU time to test ndcg@10 {goal}", "steps run", "best validation at"]
