@@ -299,7 +299,7 @@ def teacher_outputs(work: Work) -> None:
         width=model.width,
         hashes={"data": prepared.digest, "teacher": work.provenance["teacher_fit"]},
     )
-    said = functools.partial(_said, kept=kept)
+    said = functools.partial(output_columns, kept=kept)
     with writer, Overlapped(said, writer.write) as store, observer.phase("outputs"):
         for batch, state_BH, scores_BV in teacher.infer(
             model, pieces, queries, settings, observer, writer.missing()
@@ -310,7 +310,9 @@ def teacher_outputs(work: Work) -> None:
         writer.finish(_item_embeddings(work, model, pieces))
 
 
-def _said(scores_BV: Tensor, targets_B: Tensor, state_BH: Tensor, kept: int) -> dict[str, Tensor]:
+def output_columns(
+    scores_BV: Tensor, targets_B: Tensor, state_BH: Tensor, kept: int
+) -> dict[str, Tensor]:
     """What is stored of each row, by the names of `Writer.write`, which refuses what is not finite:
     nothing is read back from the device here.
     """

@@ -106,14 +106,14 @@ def test_what_was_given_before_an_interrupt_is_stored_and_the_rest_resumes(tmp_p
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
 def test_scores_that_are_not_finite_are_refused_by_the_writer(tmp_path, bad):
-    from core.stages import _said
+    from core.stages import output_columns
 
     scores = torch.randn(4, 9)
     scores[2, 5] = bad
     with (
         pytest.raises(ValueError, match="not finite"),
         outputs.Writer(tmp_path / "o", samples=4, top_k=2, width=3, hashes={}) as out,
-        Overlapped(lambda *given: _said(*given, kept=2), out.write) as overlapped,
+        Overlapped(lambda *given: output_columns(*given, kept=2), out.write) as overlapped,
     ):
         overlapped(np.arange(4), scores, torch.tensor([1, 2, 3, 4]), torch.ones(4, 3))
 

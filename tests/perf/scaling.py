@@ -288,7 +288,7 @@ def teacher_outputs(samples: int, folder: Path) -> Work:
     observer.facts["operators"] = 0  # nothing is watched
 
     def said(*tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        return stages._said(*tensors, kept=10)
+        return stages.output_columns(*tensors, kept=10)
 
     def run() -> int:
         with tempfile.TemporaryDirectory(dir=folder) as place:

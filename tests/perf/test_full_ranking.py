@@ -46,7 +46,7 @@ def test_outputs_against_the_forward_alone(guard):
             writer = outputs.Writer(
                 Path(folder) / "o", samples=len(queries), top_k=10, width=model.width, hashes={}
             )
-            said = functools.partial(stages._said, kept=10)
+            said = functools.partial(stages.output_columns, kept=10)
             with writer, Overlapped(said, writer.write) as store, torch.inference_mode():
                 for batch, state, scores in teaching.infer(
                     model, tiny.pieces(), queries, given, observer

@@ -296,7 +296,7 @@ def write_outputs(world: World, model: Teacher, queries: Queries, folder: Path) 
     writer = outputs.Writer(
         folder, samples=len(queries), top_k=TOP_K, width=model.width, hashes={"data": "goals"}
     )
-    said = functools.partial(stages._said, kept=TOP_K)
+    said = functools.partial(stages.output_columns, kept=TOP_K)
     with writer, Overlapped(said, writer.write) as store:
         for batch, state_BH, scores_BV in teaching.infer(
             model, world.pieces, queries, world.settings, unobserved(), writer.missing()
