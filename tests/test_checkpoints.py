@@ -67,6 +67,7 @@ def write_scores(folder: str, out: str, adapter: str) -> None:
     np.save(out, sample_scores(model, settings).numpy())
 
 
+@pytest.mark.slow
 def test_a_new_process_gives_the_same_scores(tmp_path):
     calls, wanted = [], {}
     for adapter in ("lora", "qlora"):

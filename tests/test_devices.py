@@ -138,6 +138,7 @@ def test_the_mean_over_the_shares_is_the_loss_of_the_whole_batch(
     assert all(each == counts[0] for each in counts)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_training(store: Store) -> None:
     def kill(step: Any) -> None:
         for process in ranks_alive():
@@ -158,6 +159,7 @@ def test_a_process_that_never_comes_ends_the_training(
         fitted(store, chosen(devices=2, lr=2e-3))
 
 
+@pytest.mark.slow
 def test_the_others_end_with_rank_0(store: Store) -> None:
     def stop(step: Any) -> None:
         raise KeyboardInterrupt

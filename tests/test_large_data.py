@@ -162,6 +162,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """Five million rows: a frame of them has 120 MB, its codes and order another 160."""
     random = np.random.default_rng(0)

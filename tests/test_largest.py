@@ -379,6 +379,7 @@ def search_files(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("cells/memory-*.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_run_searches_first_then_measures_and_never_searches_again(bench: Bench) -> None:
     matrix = bench.matrix(SEARCHED)
     planned = bench.run(matrix, "--plan")
@@ -403,6 +404,7 @@ def test_a_run_searches_first_then_measures_and_never_searches_again(bench: Benc
     assert len(bench.records()) == 12
 
 
+@pytest.mark.slow
 def test_only_and_profile_know_the_cell_by_its_new_name(bench: Bench) -> None:
     text = SEARCHED.replace("axes:", "axes:\n  train.lr: [0.1, 0.2]")
     done = bench.run(bench.matrix(text), "--only", "train.batch_size=auto", every=LAW)

@@ -148,6 +148,7 @@ def suite(tmp_path: Path, accepted: Path) -> Suite:
     return found
 
 
+@pytest.mark.slow
 def test_accepting_shows_what_changes_and_a_run_changes_nothing(suite):
     accepted = suite.baseline.read_text()
     status, text = suite.run()
@@ -186,6 +187,7 @@ def test_slower_work_fails(suite):
     assert status == 1 and "is not above" in text and "FAILS" in suite.page.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "word"),
     [
@@ -202,6 +204,7 @@ def test_a_guarded_thing_that_is_missing_fails(suite, old, new, word):
     assert status == 1 and f"guarded but not measured: {word}" in text, text
 
 
+@pytest.mark.slow
 def test_empty_measurements_are_none(suite):
     suite.write(SUITE.replace('{"files": 3}', "{}"))
     assert "files: measured nothing" in suite.run("--perf-accept")[1]
@@ -210,6 +213,7 @@ def test_empty_measurements_are_none(suite):
     assert status == 1 and "files: measured nothing" in text
 
 
+@pytest.mark.slow
 def test_a_failed_test_accepts_nothing(suite):
     before = suite.baseline.read_text()
     suite.write(SUITE + "\ndef test_equal(guard):\n    assert 1 == 2\n")
@@ -224,12 +228,14 @@ def test_without_a_baseline_nothing_passes(tmp_path):
     assert not suite.baseline.exists()
 
 
+@pytest.mark.slow
 def test_a_new_measurement_wants_to_be_accepted(suite):
     suite.write(SUITE + "\ndef test_new(guard):\n    guard.counters('new', {'files': 1})\n")
     status, text = suite.run()
     assert status == 1 and "new: no accepted counters; make perf-accept" in text
 
 
+@pytest.mark.slow
 def test_an_edited_baseline_is_refused(suite):
     suite.baseline.write_text(suite.baseline.read_text().replace('"files": 3', '"files": 4'))
     status, text = suite.run()
@@ -237,6 +243,7 @@ def test_an_edited_baseline_is_refused(suite):
     assert suite.run("--perf-accept")[0] == 0 and suite.run()[0] == 0
 
 
+@pytest.mark.slow
 def test_another_machine_is_not_judged_by_time_but_by_counters(suite):
     made = baseline.read(suite.baseline)
     other = baseline.Baseline(
@@ -253,6 +260,7 @@ def test_another_machine_is_not_judged_by_time_but_by_counters(suite):
     assert "other libraries than accepted with: torch 1.0 ->" in text
 
 
+@pytest.mark.slow
 def test_a_part_of_the_suite_writes_nothing(suite):
     status, text = suite.run("-k", "counted")
     assert status == 0 and "part of the suite" in text and not suite.page.exists()
@@ -261,6 +269,7 @@ def test_a_part_of_the_suite_writes_nothing(suite):
     assert suite.baseline.read_text() == before
 
 
+@pytest.mark.slow
 def test_nothing_is_missed_where_no_guard_was_to_run(suite):
     suite.write(SUITE.replace("pytestmark", "unmarked"))
     status, _ = suite.run()

@@ -214,6 +214,7 @@ def test_a_trial_that_hangs_costs_no_more_than_its_limit(bench: Bench) -> None:
     assert ("data.seed=2", 0, "teacher_fit", "timeout") in bench.rows()
 
 
+@pytest.mark.slow
 def test_healthy_cells_are_tried_once_and_measured_as_ever(bench: Bench) -> None:
     status, out = bench.run(SMALL)
     assert status == 0, out

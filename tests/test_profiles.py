@@ -82,6 +82,7 @@ def test_the_report_links_what_was_made_and_says_what_was_not(profiled: Path) ->
     assert f"{FIT}.json" in broken and f"{TEST}.json" not in broken
 
 
+@pytest.mark.slow
 def test_a_finished_run_takes_a_profile_and_makes_it_once(bench: Bench) -> None:  # noqa: F811
     matrix = bench.matrix()
     bench.run(matrix)

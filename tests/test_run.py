@@ -343,6 +343,7 @@ def test_the_plan_tells_the_range_the_budget_and_what_trials_took(bench: Bench) 
     assert "budget: 120 min for the run" in said or "budget: 2 h 0 min for the run" in said
 
 
+@pytest.mark.slow
 def test_a_budget_on_the_command_line_ends_the_run_in_time(bench: Bench) -> None:
     """A cell that would take an hour gets its share, the others go on, all within the budget."""
     matrix = bench.matrix(SMALL.replace("[0, 1]", "[0, 1, 2]").replace("timeout_s: 20", ""))
