@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -121,9 +122,14 @@ def libraries() -> dict[str, str]:
 
 
 def machine_class() -> str:
-    """What must be alike for ratios of times to be: processor, cores, torch."""
-    here = environment()
-    return f"{here['cpu']}, {here['usable_cores']} cores, torch {installed_version('torch')}"
+    """What must be alike for ratios of times to be: processor, cores, torch. Virtual machines give
+    processors of different generations one name, so the generation is told too.
+    """
+    here, info = environment(), Path("/proc/cpuinfo")
+    told = info.read_text(encoding="utf-8") if info.is_file() else ""
+    numbers = re.findall(r"^(?:cpu family|model)\s*: (\d+)", told, re.MULTILINE)[:2]
+    processor = " ".join([here["cpu"], *(["/".join(numbers)] if numbers else [])])
+    return f"{processor}, {here['usable_cores']} cores, torch {installed_version('torch')}"
 
 
 def changes(accepted: Counters, found: Counters) -> Iterator[str]:
