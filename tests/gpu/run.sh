@@ -28,7 +28,7 @@ part() { # name, seconds, command …
     tail -n 15 "$out/$name.log"
 }
 matrix() { # name, seconds: stops starting blocks in time to write its report
-    part "$1" "$2" "$python" -m bench.run "matrices/gpu/$1.yaml" --out "$out/$1" \
+    part "$1" "$2" "$python" -m bench.run "matrices/gpu/$1.yaml" --out "$out" \
         --budget "$(awk "BEGIN { print int(0.85 * $2 * ${SCALE:-1}) }")"
 }
 

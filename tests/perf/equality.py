@@ -8,9 +8,9 @@ from torch import Tensor
 
 LOSS, GRADIENTS, GRADIENTS_FP64 = 1e-5, 1e-4, 1e-12
 """Largest relative difference allowed: of a loss and of gradients in fp32, of anything in fp64."""
-ALLOWED = {"fp32": (LOSS, GRADIENTS), "bf16-mixed": (1e-2, 1e-1)}
-"""The same by precision: two orders of summation in bfloat16 show that both sides do the same to
-some percent only. What they do is compared in fp32.
+ALLOWED = {"fp32": (LOSS, GRADIENTS), "bf16-mixed": (1e-2, 3e-1)}
+"""The same by precision. In bfloat16 two orders of summation differ by some percent, in the worst
+gradient of a tensor by a tenth: it shows a missing factor or part, and fp32 shows the rest.
 """
 
 SMALL = 1e-3
