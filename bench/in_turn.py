@@ -2,8 +2,8 @@
 
 Each checkout runs with its own code, its own matrix file and its own settings; a block of the one
 is followed by a block of the other, every second time the other way round. `bench.compare` then
-finds the blocks interleaved and pairs them. Exit status: that of `bench.compare`, or what a run
-ended with that could not go on.
+finds the blocks interleaved and pairs them; what it says is kept as `comparison.md`. Exit status:
+that of `bench.compare`, or what a run ended with that could not go on.
 """
 
 import os
@@ -18,11 +18,14 @@ from typing import Annotated
 
 import typer
 
+from bench.execute import write_whole
 from core.config import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 GOES_ON = (0, 1)
 """Statuses of `bench.run` after which its figures can be compared: a cell may have failed."""
+COMPARISON = "comparison.md"
+"""In the folder of both runs: what `bench.compare` said."""
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -115,8 +118,15 @@ def main(
     command = [sys.executable, "-m", "bench.compare", *(str(side.folder) for side in sides)]
     allowed = ("--across", "code", "--across", "settings")
     done = subprocess.run(
-        [*command, *allowed], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [*command, *allowed],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    sys.stdout.write(done.stdout)
+    if done.stdout:
+        write_whole(place / COMPARISON, done.stdout)
     raise typer.Exit(done.returncode)
 
 

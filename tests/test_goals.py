@@ -103,6 +103,24 @@ def test_a_peer_that_trains_something_else_is_refused(world, monkeypatch):
         list(goal_trainer.trainer(world, 1))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+def test_a_peer_whose_adapters_have_another_scale_is_refused(world, monkeypatch, precision):
+    """Also where rounding allows much."""
+    monkeypatch.setattr(goal_trainer, "rounds", lambda *_: pytest.fail("timed"))
+    build = goal_trainer.Peer
+
+    def other(*given):
+        peer = build(*given)
+        for layer in peer.modules():
+            if isinstance(getattr(layer, "scaling", None), dict):  # attention has a number
+                layer.scaling["default"] *= 0.5
+        return peer
+
+    monkeypatch.setattr(goal_trainer, "Peer", other)
+    with pytest.raises(Unequal):
+        list(goal_trainer.trainer(replace(world, precision=precision), 1))
+
+
 def test_differences_that_are_none_of_rounding():
     assert equal("x", torch.ones(3), torch.ones(3) + 1e-7).difference < 1e-6
     for wrong in (torch.ones(2), torch.full((3,), float("nan")), torch.tensor([1.0, 1.0, 1.1])):

@@ -37,6 +37,8 @@ def test_blocks_of_two_checkouts_alternate_and_are_paired(tmp_path):
     order = [line.rpartition(": ")[2] for line in text.splitlines() if " of 2: " in line]
     assert order == ["before", "after", "after", "before"]
     assert "| paired |" in text and "unpaired" not in text
+    kept = (tmp_path / "comparison.md").read_text()
+    assert kept in text and "| paired |" in kept
     assert len(list(tmp_path.glob("*/smoke/*/records.jsonl"))) == 2
     assert "in_turn-" not in worktrees()
 

@@ -17,6 +17,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PERF = ROOT / "tests" / "perf"
 
 
+def test_processors_of_one_name_and_two_generations_are_two_classes(tmp_path, monkeypatch):
+    classes = set()
+    for model in (1, 2):
+        told = tmp_path / "cpuinfo"
+        told.write_text(f"cpu family\t: 26\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\n" * 2)
+        monkeypatch.setattr(baseline, "CPUINFO", told)
+        classes.add(baseline.machine_class())
+        assert f" 26/{model}, " in baseline.machine_class()
+    monkeypatch.setattr(baseline, "CPUINFO", tmp_path / "none")
+    assert len(classes | {baseline.machine_class()}) == 3
+
+
 # ---- the rule, on machines made up ----
 
 

@@ -20,6 +20,7 @@ same work on a busy machine 0.92 and more."""
 ALIKE = 0.1
 """Two measurements of the same work on a busy machine differ by less."""
 COMMAND = "make perf-accept"
+CPUINFO = Path("/proc/cpuinfo")
 Counters = dict[str, int]
 
 
@@ -125,8 +126,8 @@ def machine_class() -> str:
     """What must be alike for ratios of times to be: processor, cores, torch. Virtual machines give
     processors of different generations one name, so the generation is told too.
     """
-    here, info = environment(), Path("/proc/cpuinfo")
-    told = info.read_text(encoding="utf-8") if info.is_file() else ""
+    here = environment()
+    told = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
     numbers = re.findall(r"^(?:cpu family|model)\s*: (\d+)", told, re.MULTILINE)[:2]
     processor = " ".join([here["cpu"], *(["/".join(numbers)] if numbers else [])])
     return f"{processor}, {here['usable_cores']} cores, torch {installed_version('torch')}"

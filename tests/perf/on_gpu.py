@@ -4,6 +4,7 @@
 the processor, to see it through before a GPU is there. Exit status as of `perf.goals`.
 """
 
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -82,17 +83,12 @@ def limits(
         above = paired(seconds, [asked.limit_s] * blocks)
         said = f"{asked.flops / 1e12:.2f} TFLOP at {asked.gemm_flops_per_s / 1e12:.1f} TFLOP/s"
         said += f", {asked.elementwise_bytes / 1e9:.1f} GB at {asked.copy_bytes_per_s / 1e9:.0f}"
-        yield _step_ms(
+        yield replace(
             timed(work, "limit", most.get(mode), above, at_most=True, remark=f"{said} GB/s"),
-            seconds,
+            milliseconds=1000 * statistics.median(seconds),  # the step's, not the limit's
         )
         mfu = paired([asked.products_s] * blocks, seconds)
         yield timed(f"… MFU, {there.preset}, {mode}", "products alone", least_mfu.get(mode), mfu)
-
-
-def _step_ms(one: Found, seconds: list[float]) -> Found:
-    """The line with the step's own time in place of the limit's."""
-    return replace(one, milliseconds=1000 * sorted(seconds)[len(seconds) // 2])
 
 
 def four_bit(world: World, blocks: int) -> Iterator[Found]:

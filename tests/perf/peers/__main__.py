@@ -160,7 +160,8 @@ def curve(options: argparse.Namespace, folder: Path) -> None:
             points.append(point)
             say(f"{name}: {point}")
             kept = load().get("curves", {})
-            note = f"{found.about['version']}; {contender.note}".removesuffix("; ")
+            told = (found.about["version"], found.about.get("recipe"), contender.note)
+            note = "; ".join(filter(None, told))
             kept[name] = {"points": points, "note": note, "machine": machine()}
             keep(curves=kept)
             if point["test"]["ndcg"] >= options.until:

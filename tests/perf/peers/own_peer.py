@@ -46,6 +46,7 @@ def main(folder: Path, seed: int, settings_file: str, precision: str) -> None:
         "digest": prepared.digest,
         "targets": int(batches[0].pairs.clip(0).sum()),
         "steps_per_epoch": len(batches[0]),
+        "recipe": f"AdamW at {options.lr:g}, {options.lr_schedule} over {epochs} epochs",
     }
     desk = Desk(top, about)
     optimizer = adamw(model.parameters(), options.lr, options.weight_decay)

@@ -45,6 +45,7 @@ def _speed(speed: dict[str, Any]) -> str:
         if found is not own:
             ratios = [_times(ratio(own[key], found[key])) for key in ("train", "ranked")]
         quality = found["quality"]
+        learnt = f"{quality['recall']:.4f} / {quality['ndcg']:.4f}"
         rows.append(
             [
                 plain(name),
@@ -54,14 +55,13 @@ def _speed(speed: dict[str, Any]) -> str:
                 figures[1],
                 ratios[1],
                 f"{found['peak_rss_mib']:.0f}",
-                f"{quality['recall']:.4f} / {quality['ndcg']:.4f}"
-                if speed["quality_steps"]
-                else "–",
+                *([learnt] if speed["quality_steps"] else []),
                 plain(", ".join(filter(None, (found["version"], found["note"])))),
             ]
         )
     head = ["", "loss", "train seq/s", "own is", "rank users/s", "own is", "peak MiB"]
-    head += [f"after {speed['quality_steps']} steps", "what"]
+    head += [f"after {speed['quality_steps']} steps"] if speed["quality_steps"] else []
+    head += ["what"]
     left_out = [[plain(name), plain(why)] for name, why in speed["left_out"].items()]
     count = len(own["train"])
     said = (
